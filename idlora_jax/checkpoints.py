@@ -1,0 +1,144 @@
+"""Adapters as safetensors files with metadata, and the training state on disk.
+
+Every file is written under a temporary name and renamed, so that a full disk or a kill
+leaves either the old file or none.
+
+Source: ltx_trainer/trainer.py: _save_checkpoint (key format); our own metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from idlora_jax import __version__, adapters
+from idlora_jax.types import Adapter, Tree
+from idlora_jax.weights import lora
+
+
+@dataclass(frozen=True)
+class AdapterMeta:
+    """What a reader must know to use an adapter as it was trained.
+
+    Attributes:
+        generation: "2.0" or "2.3"; empty where a file does not say.
+        base_hash: content hash of the base it was trained on.
+        rank: largest rank.
+        alpha: scale times rank; already folded into the saved b.
+        targets: patterns of adapted modules.
+        step: optimiser steps.
+        numerics: how positions were made.
+        reference_gap_s: seconds between the reference's end and time 0.
+        video_sees_ref: False if audio-to-video attention was blind to the reference.
+        ref_sees_text: False if reference rows were blind to text.
+        fps: frames per second of the training clips.
+        version: of this library.
+        extra: anything else, as strings.
+        content_hash: of the file's bytes; set when read or written.
+    """
+
+    generation: str = ""
+    base_hash: str = ""
+    rank: int = 0
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ()
+    step: int = 0
+    numerics: str = "exact"
+    reference_gap_s: float = 0.04
+    video_sees_ref: bool = True
+    ref_sees_text: bool = True
+    fps: float = 25.0
+    version: str = __version__
+    extra: dict[str, str] = field(default_factory=dict)
+    content_hash: str = ""
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """The sha256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    adapter: Adapter,
+    meta: AdapterMeta,
+    dtype: Any = None,
+) -> AdapterMeta:
+    """Write an adapter whose b is already scaled; returns `meta` with its hash.
+
+    Args:
+        path: the .safetensors file.
+        adapter: see `adapters`.
+        meta: written as JSON under the metadata key "idlora".
+        dtype: of the saved tensors (default: as they are).
+
+    Raises:
+        OSError: if the file cannot be written; nothing is left behind.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fields = {k: v for k, v in asdict(meta).items() if k != "content_hash"}
+    try:
+        tensors = lora.export(adapter, dtype)
+        save_file(tensors, temporary, metadata={"idlora": json.dumps(fields)})
+        digest = file_hash(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return AdapterMeta(**{**fields, "content_hash": digest})
+
+
+def read_tensors(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file.
+
+    Raises:
+        ValueError: if the file is missing, truncated or not safetensors.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a .safetensors file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a complete safetensors file ({error}); copy it again"
+        ) from None
+
+
+def load_adapter(
+    path: str | os.PathLike[str], base: Tree
+) -> tuple[Adapter, AdapterMeta]:
+    """Read an adapter file and check it against the base.
+
+    Args:
+        path: a .safetensors file in the ComfyUI key format, ours or another's.
+        base: transformer parameters, or their shapes.
+
+    Raises:
+        ValueError: if the file is unreadable, or does not fit the base.
+    """
+    tensors, metadata = read_tensors(path)
+    try:
+        adapter = lora.import_(tensors, base)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    fields = json.loads(metadata.get("idlora", "{}"))
+    known = {k: v for k, v in fields.items() if k in AdapterMeta.__dataclass_fields__}
+    known["targets"] = tuple(known.get("targets", ()))
+    known.setdefault("rank", adapters.rank(adapter))
+    known["content_hash"] = file_hash(path)
+    return adapter, AdapterMeta(**known)

@@ -1,0 +1,325 @@
+"""One experiment as a value, and the command line that varies it.
+
+A configuration file is Python: `get_config()` returns a frozen dataclass. The command
+line names the file and overrides single fields, typed against the dataclass:
+
+    python train.py --config configs/tiny.py --optimizer.learning-rate 1e-4
+
+Nothing here imports jax, so that `--help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
+
+from idlora_jax.config import AUDIO_TARGETS
+
+Config = TypeVar("Config")
+Numerics = Literal["exact", "reference"]
+USAGE_ERROR, FAILURE = 2, 1
+
+
+def _require(ok: bool, name: str, got: Any, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {got!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a training sample is made from a clip; see `strategies`.
+
+    Attributes:
+        name: which streams are built.
+        first_frame_p: probability that the first latent frame is given.
+        coin: one draw for that per sample, or one for the whole batch (as published).
+        video_sees_ref: whether audio-to-video attention reads the reference.
+        ref_sees_text: whether reference tokens read the prompt.
+        negative_positions: the reference lies before zero seconds, else on the plain
+            grid from zero.
+        gap_s: seconds between the reference's end and zero.
+        sigma: the sampler of noise levels: of the generation "2.0" or "2.3", or
+            uniform.
+        shared_sigma: video and audio get the same level.
+        audio_weight: factor of the audio loss.
+    """
+
+    name: Literal["audio_ref_only_ic", "text_to_video"] = "audio_ref_only_ic"
+    first_frame_p: float = 0.9
+    coin: Literal["sample", "batch"] = "batch"
+    video_sees_ref: bool = False
+    ref_sees_text: bool = False
+    negative_positions: bool = True
+    gap_s: float = 0.04
+    sigma: Literal["2.0", "2.3", "uniform"] = "2.0"
+    shared_sigma: bool = True
+    audio_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        p = self.first_frame_p
+        _require(0 <= p <= 1, "strategy.first_frame_p", p, "0 to 1")
+        _require(self.gap_s >= 0, "strategy.gap_s", self.gap_s, "0 or more seconds")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter that is trained.
+
+    Attributes:
+        rank: R.
+        alpha: the change is scaled by alpha / rank.
+        targets: patterns of adapted modules; see `adapters.select`.
+        seed: of its initial values.
+    """
+
+    rank: int = 128
+    alpha: float = 128.0
+    targets: tuple[str, ...] = AUDIO_TARGETS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.rank >= 1, "lora.rank", self.rank, "1 or more")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with decoupled weight decay, after clipping.
+
+    Attributes:
+        learning_rate: at the first step.
+        schedule: how it changes over `TrainConfig.steps`.
+        end_factor: the last learning rate over the first.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: times the learning rate.
+        clip: largest global norm of the gradient; None: no clipping.
+        accumulation: batches per step.
+    """
+
+    learning_rate: float = 2e-4
+    schedule: Literal["linear", "constant", "cosine"] = "linear"
+    end_factor: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float | None = 1.0
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        rate, n = self.learning_rate, self.accumulation
+        _require(rate >= 0, "optimizer.learning_rate", rate, "0 or more")
+        _require(n >= 1, "optimizer.accumulation", n, "1 or more")
+        good = self.clip is None or self.clip > 0
+        _require(good, "optimizer.clip", self.clip, "above 0, or None")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The fixed batch whose loss is printed before and after training.
+
+    Attributes:
+        clips: how many clips are kept out of training; 0: no such loss.
+        sigmas: the fixed noise levels.
+        seed: of the fixed noise.
+    """
+
+    clips: int = 2
+    sigmas: tuple[float, ...] = tuple((2 * k + 1) / 16 for k in range(8))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.clips >= 0, "heldout.clips", self.clips, "0 or more")
+        good = all(0 < s <= 1 for s in self.sigmas) and len(self.sigmas) > 0
+        _require(good, "heldout.sigmas", self.sigmas, "levels above 0, up to 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `train.py` needs.
+
+    Attributes:
+        base: the base checkpoint (one .safetensors file, or a converted folder).
+        data: folder of the published latent layout.
+        output: folder for the log, the training state and the exported adapters.
+        strategy: how training samples are made.
+        lora: the adapter.
+        optimizer: how it is updated.
+        steps: updates of the adapter.
+        batch_size: clips per batch.
+        seed: of shuffling, noise levels and noise.
+        save_every: steps between saves; the last step is always saved.
+        keep: how many training states are kept (exported adapters all are).
+        log_every: steps between log lines.
+        numerics: how positions are made; see `geometry.positions`.
+        remat: what the backward pass keeps: everything but weights, some
+            activations, or layer inputs only.
+        dtype: of the base and of the computation. Adapter, loss and optimizer are
+            float32.
+        heldout: the fixed evaluation.
+        resume: continue from the newest state in `output`.
+    """
+
+    base: Path
+    data: Path
+    output: Path
+    strategy: Strategy = field(default_factory=Strategy)
+    lora: Lora = field(default_factory=Lora)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    steps: int = 3000
+    batch_size: int = 1
+    seed: int = 0
+    save_every: int = 200
+    keep: int = 2
+    log_every: int = 1
+    numerics: Numerics = "exact"
+    remat: Literal["none", "selective", "full"] = "full"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    heldout: HeldOut = field(default_factory=HeldOut)
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
+            value = getattr(self, name)
+            _require(value >= 1, name, value, "1 or more")
+
+
+def plain(config: Any) -> Any:
+    """A configuration as nested dicts, lists and strings, for JSON."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = dataclasses.fields(config)
+        return {f.name: plain(getattr(config, f.name)) for f in fields}
+    if isinstance(config, tuple | list):
+        return [plain(v) for v in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        deeper = isinstance(value, dict)
+        out |= flat(value, f"{prefix}{name}.") if deeper else {prefix + name: value}
+    return out
+
+
+def config_hash(config: Any) -> str:
+    """A short hash of every setting."""
+    text = json.dumps(plain(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path, kind: type[Config]) -> Config:
+    """Import a configuration file and call its `get_config()`.
+
+    Args:
+        path: a Python file.
+        kind: the dataclass it must return.
+
+    Raises:
+        ValueError: if there is no such file, it fails, or returns something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--config: no such file {path}; see configs/")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config: {path} is not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        made = module.get_config()
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)]
+        where = f"line {lines[-1]}, " if isinstance(error, NameError) else ""
+        raise ValueError(f"{path}: {where}{type(error).__name__}: {error}") from error
+    if not isinstance(made, kind):
+        raise ValueError(
+            f"{path}: get_config() returns {type(made).__name__}, expected "
+            f"{kind.__name__}; is it a file for another script?"
+        )
+    return made
+
+
+def _options(kind: type, prefix: str = "--") -> Iterator[str]:
+    """The command-line names of a dataclass's fields."""
+    hints = get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        name = prefix + f.name.replace("_", "-")
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from _options(hints[f.name], name + ".")  # pyright: ignore
+        else:
+            yield name
+            if hints[f.name] is bool:
+                yield prefix + "no-" + f.name.replace("_", "-")
+
+
+def _usage_error(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(USAGE_ERROR)
+
+
+def _refuse(unknown: Sequence[str], kind: type) -> NoReturn:
+    first = next((a for a in unknown if a.startswith("-")), unknown[0])
+    name = first.partition("=")[0].replace("_", "-")
+    near = difflib.get_close_matches(name, [*_options(kind), "--config"], 1, 0.0)
+    _usage_error(
+        f"unknown option {first}; the nearest name is {near[0]} (--help lists all)"
+    )
+
+
+def parse(argv: Sequence[str], kind: type[Config]) -> Config:
+    """`--config FILE` and typed overrides -> a configuration.
+
+    Ends the program with status 2 and one message on wrong usage, as `--help` ends it
+    with status 0.
+
+    Args:
+        argv: arguments without the program's name.
+        kind: the dataclass to make.
+    """
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    known, rest = first.parse_known_args(list(argv))
+    wants_help = "--help" in rest or "-h" in rest
+    if known.config is None and not wants_help:
+        _usage_error("--config FILE is missing, for example --config configs/tiny.py")
+    about = f"{kind.__doc__}\n\n--config FILE comes first; options override its values."
+    try:
+        default = load_config(known.config, kind) if known.config else None
+        options: Any = {} if default is None else {"default": default}
+        made, unknown = tyro.cli(
+            kind, args=rest, return_unknown_args=True, description=about, **options
+        )
+    except ValueError as error:
+        _usage_error(str(error))
+    if unknown:
+        _refuse(unknown, kind)
+    return made
+
+
+def guarded(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script: wrong input ends in one message and status 1, not a traceback."""
+    try:
+        status = main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = FAILURE
+    raise SystemExit(status or 0)

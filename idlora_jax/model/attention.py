@@ -1,0 +1,196 @@
+"""Attention with normalised queries and keys, per-head gates, and no mask tensors.
+
+"Does not see the reference" is a slice of the keys made by the caller; "rows that see
+no text" is the mean of the values (what a softmax over equal finite fills gives). So
+the fast kernels, which take no masks, serve every shipped call; additive biases exist
+for research and take the plain path.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from idlora_jax.model.layers import Dense, RMSNorm
+from idlora_jax.model.rope import Kind, Rope, rotate
+
+Backend = Literal["auto", "xla", "cudnn"]
+_SCORE_BYTES = 256 * 2**20  # larger score tensors are made a few queries at a time
+
+
+@functools.cache
+def _note(choice: str, reason: str) -> None:
+    logging.getLogger(__name__).info("attention: %s (%s)", choice, reason)
+
+
+def _ineligible(q: Array, bias: Array | None) -> str | None:
+    """Why cuDNN cannot take this call, or None."""
+    if jax.default_backend() not in ("gpu", "cuda"):
+        return f"no CUDA device, the backend is {jax.default_backend()}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN takes bfloat16 or float16, got {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"cuDNN takes head widths of 8k <= 128, got {q.shape[-1]}"
+    return None if bias is None else "an additive bias was given"
+
+
+def choose(backend: Backend, q: Array, bias: Array | None) -> Literal["xla", "cudnn"]:
+    """The kernel for one call; the choice and its reason are logged once.
+
+    Raises:
+        ValueError: if cuDNN is demanded and cannot take the call.
+    """
+    if backend == "xla":
+        return "xla"
+    reason = _ineligible(q, bias)
+    if reason is None:
+        _note("cudnn", "eligible")
+        return "cudnn"
+    if backend == "cudnn":
+        raise ValueError(f"attention='cudnn': {reason}; use 'auto' or 'xla'")
+    _note("xla", reason)
+    return "xla"
+
+
+def _xla(q: Array, k: Array, v: Array, bias: Array | None, length: Array | None):  # noqa: ANN202
+    """Plain attention; long sequences go a chunk of queries at a time."""
+    batch, rows, heads, _ = q.shape
+    call = functools.partial(
+        jax.nn.dot_product_attention, key_value_seq_lengths=length, implementation="xla"
+    )
+    per_row = 4 * batch * heads * k.shape[1]
+    if rows * per_row <= _SCORE_BYTES:
+        return call(q, k, v, bias=bias)
+    chunk = max(1, _SCORE_BYTES // per_row)
+    pad = -rows % chunk
+    split = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    split = jnp.moveaxis(split.reshape(batch, -1, chunk, *q.shape[2:]), 1, 0)
+    if bias is None:
+        out = jax.lax.map(lambda part: call(part, k, v), split)
+    else:
+        b = jnp.pad(bias, ((0, 0), (0, 0), (0, pad), (0, 0)))
+        b = b.reshape(*bias.shape[:2], -1, chunk, bias.shape[-1])
+        parts = (split, jnp.moveaxis(b, 2, 0))
+        out = jax.lax.map(lambda p: call(p[0], k, v, bias=p[1]), parts)
+    out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, *q.shape[2:])
+    return out[:, :rows]
+
+
+def attend(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N K"],
+    *,
+    bias: Float[Array, "B T S"] | None = None,
+    length: Int[Array, " B"] | None = None,
+    backend: Backend = "auto",
+) -> Float[Array, "B T N K"]:
+    """softmax(q k^T / sqrt(K) + bias) v, softmax in float32.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        bias: added to the scores, equal for all heads.
+        length: valid keys per sample; keys from there on are not seen.
+        backend: `auto` takes cuDNN where it is eligible, else XLA.
+    """
+    bias4 = None if bias is None else bias[:, None].astype(q.dtype)
+    if choose(backend, q, bias) == "xla":
+        return _xla(q, k, v, bias4, length)
+    lengths = {} if length is None else {"key_value_seq_lengths": length}
+    if length is not None:
+        lengths["query_seq_lengths"] = jnp.full_like(length, q.shape[1])
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; q and k are normalised over the full inner width.
+
+    Attributes:
+        heads: N.
+        head_dim: K.
+        out_width: width of the result.
+        gated: per-head gates 2 sigmoid(Dense(x)) on the attention output.
+        rope: how pairs of channels are rotated.
+        eps: of the norms.
+        backend: see `attend`.
+
+    Source: ltx_core/model/transformer/attention.py: Attention.
+    """
+
+    heads: int
+    head_dim: int
+    out_width: int
+    gated: bool = False
+    rope: Kind = "split"
+    eps: float = 1e-6
+    backend: Backend = "auto"
+
+    def setup(self) -> None:
+        """Create the projections, norms and the optional gate."""
+        inner = self.heads * self.head_dim
+        self.q, self.k, self.v = Dense(inner), Dense(inner), Dense(inner)
+        self.q_norm, self.k_norm = RMSNorm(self.eps), RMSNorm(self.eps)
+        self.out = Dense(self.out_width)
+        if self.gated:
+            self.gate = Dense(self.heads)
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.heads, self.head_dim)
+
+    def _finish(self, x: Array, attended: Array) -> Array:
+        if self.gated:
+            gates = 2.0 * jax.nn.sigmoid(self.gate(x))
+            attended = attended * gates[..., None]
+        merged = attended.reshape(*attended.shape[:-2], self.heads * self.head_dim)
+        merged = checkpoint_name(merged, "attention")
+        return self.out(merged)
+
+    def values_only(self, x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
+        """Self-attention that is skipped but passes its values through."""
+        return self._finish(x, self._heads(self.v(x)))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Float[Array, "B S E"] | None = None,
+        *,
+        rope: Rope | None = None,
+        context_rope: Rope | None = None,
+        bias: Float[Array, "B T S"] | None = None,
+        length: Int[Array, " B"] | None = None,
+        blind_from: int | None = None,
+    ) -> Float[Array, "B T O"]:
+        """Attend from `x` to `context` (default: `x` itself).
+
+        Args:
+            x: query side.
+            context: key and value side.
+            rope: rotates the queries (and the keys, without `context_rope`).
+            context_rope: rotates the keys.
+            bias: additive scores bias.
+            length: valid keys per sample.
+            blind_from: query rows from here on get the mean of the values.
+        """
+        context = x if context is None else context
+        seeing = x if blind_from is None else x[:, :blind_from]
+        q, k = self.q_norm(self.q(seeing)), self.k_norm(self.k(context))
+        if rope is not None:
+            q = rotate(q, rope, self.rope)
+            k = rotate(k, rope if context_rope is None else context_rope, self.rope)
+        v = self._heads(self.v(context))
+        call = functools.partial(attend, backend=self.backend)
+        out = call(self._heads(q), self._heads(k), v, bias=bias, length=length)
+        if blind_from is not None:
+            mean = jnp.mean(v, axis=1, keepdims=True)
+            blind = (x.shape[0], x.shape[1] - blind_from, *v.shape[2:])
+            out = jnp.concatenate([out, jnp.broadcast_to(mean, blind)], axis=1)
+        return self._finish(x, out)

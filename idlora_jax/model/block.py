@@ -1,0 +1,245 @@
+"""One layer of the transformer: self, text, cross-modal attention and feed-forward.
+
+Each modality's residual stream x passes, with m = AdaLN values of its tokens,
+
+    x += gate1 * self(norm(x) (1 + scale1) + shift1)
+    x += text(norm(x), prompt)                       (2.3: modulated and gated too)
+    x += gate_c * cross(norm(x) (1 + s) + t, norm(y) (1 + s') + t')
+    x += gate2 * ff(norm(x) (1 + scale2) + shift2)
+
+where y is the other modality before either cross attention. Video and audio share this
+one body; only widths differ. A timestep is 0 or sigma, so AdaLN runs on these two and
+each token picks its row.
+
+Source: ltx_core/model/transformer/transformer.py: BasicAVTransformerBlock.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from idlora_jax.config import ModalityConfig, TransformerConfig
+from idlora_jax.model.attention import Attention, Backend
+from idlora_jax.model.layers import FeedForward, rms_norm
+from idlora_jax.model.rope import Rope
+from idlora_jax.types import AV, Bias, Skip
+
+
+class Modality(NamedTuple):
+    """What one modality's layers are conditioned on, equal in all layers.
+
+    Attributes:
+        ada: [B M k D], AdaLN values at timesteps (0, sigma): M = 2.
+        cross_ada: [B M 4 D], M = 2 (own timesteps) or 1 (the other's sigma).
+        cross_gate: [B M 1 D].
+        prompt_ada: [B 1 2 D] or None.
+        denoise: [B T] bool, which of the two timesteps a token has.
+        rope: tables of the self-attention.
+        cross_rope: tables of the cross-modal attention (time only).
+        text: [B S E] projected text.
+        text_bias: [B T S] additive bias or None.
+        length: [B] valid tokens or None.
+    """
+
+    ada: Array
+    cross_ada: Array | None
+    cross_gate: Array | None
+    prompt_ada: Array | None
+    denoise: Array
+    rope: Rope
+    cross_rope: Rope | None
+    text: Array | None
+    text_bias: Array | None
+    length: Array | None
+
+
+class Work(NamedTuple):
+    """What a layer does (static).
+
+    `targets` counts the target tokens of (video, audio): audio keys behind it are
+    hidden from video where `video_sees_ref` is False, and text from reference rows
+    where `ref_sees_text` is False.
+    """
+
+    skip: Skip
+    targets: AV
+    video_sees_ref: bool
+    ref_sees_text: bool
+    frozen: frozenset[str]
+
+
+def pick(table: Array, values: Array, denoise: Array) -> tuple[Array, ...]:
+    """Rows of `table` [k D] plus `values` [B M k D], chosen per token: k of [B T D]."""
+    rows = table.astype(values.dtype)[None, None] + values
+    if rows.shape[1] == 1:
+        return tuple(rows[:, :, n] for n in range(rows.shape[2]))
+    which = denoise[..., None]
+    return tuple(
+        jnp.where(which, rows[:, 1:, n], rows[:, :1, n]) for n in range(rows.shape[2])
+    )
+
+
+def modulate(x: Array, scale: Array, shift: Array, eps: float) -> Array:
+    """norm(x) (1 + scale) + shift."""
+    return rms_norm(x, eps) * (1 + scale) + shift
+
+
+class Half(nn.Module):
+    """One modality's part of a layer; `cross` reads the other modality.
+
+    Attributes:
+        cfg: the transformer.
+        own: this modality.
+        other: the other one (width of the cross-attention's context).
+        backend: see `attention.attend`.
+    """
+
+    cfg: TransformerConfig
+    own: ModalityConfig
+    other: ModalityConfig
+    backend: Backend = "auto"
+
+    def setup(self) -> None:
+        """Create the attentions, the feed-forward and the AdaLN tables."""
+        cfg, own = self.cfg, self.own
+        shared = {
+            "gated": cfg.gated_attention,
+            "rope": cfg.rope,
+            "eps": cfg.norm_eps,
+            "backend": self.backend,
+            "out_width": own.width,
+        }
+        self.self_attn = Attention(own.heads, own.head_dim, **shared)
+        self.text_attn = Attention(own.heads, own.head_dim, **shared)
+        audio = cfg.audio
+        self.cross_attn = Attention(audio.heads, audio.head_dim, **shared)
+        self.ff = FeedForward()
+        init = nn.initializers.normal(own.width**-0.5)
+        rows = 9 if cfg.text_adaln else 6
+        self.table = self.param("table", init, (rows, own.width))
+        self.cross_table = self.param("cross_table", init, (5, own.width))
+        if cfg.text_adaln:
+            self.prompt_table = self.param("prompt_table", init, (2, own.width))
+
+    def attend_self(self, x: Array, m: Modality, skip: bool, bias: Array | None):  # noqa: ANN201
+        """Add self-attention; a skipped one is dropped (2.0) or passes values (2.3)."""
+        if skip and self.cfg.skipped_self_attention == "drop":
+            return x
+        shift, scale, gate = pick(self.table[:3], m.ada[:, :, :3], m.denoise)
+        h = modulate(x, scale, shift, self.cfg.norm_eps)
+        if skip:
+            return x + self.self_attn.values_only(h) * gate
+        attended = self.self_attn(h, rope=m.rope, bias=bias, length=m.length)
+        return x + attended * gate
+
+    def attend_text(self, x: Array, m: Modality, blind_from: int | None) -> Array:
+        """Add attention to the prompt."""
+        kwargs = {"bias": m.text_bias, "blind_from": blind_from}
+        if not self.cfg.text_adaln:
+            return x + self.text_attn(rms_norm(x, self.cfg.norm_eps), m.text, **kwargs)
+        shift, scale, gate = pick(self.table[6:9], m.ada[:, :, 6:9], m.denoise)
+        h = modulate(x, scale, shift, self.cfg.norm_eps)
+        assert m.prompt_ada is not None
+        text_shift, text_scale = pick(self.prompt_table, m.prompt_ada, m.denoise)
+        text = m.text * (1 + text_scale) + text_shift
+        return x + self.text_attn(h, text, **kwargs) * gate
+
+    def cross_side(self, h: Array, m: Modality, reads_audio: bool) -> Array:
+        """Modulate normalised states `h` for audio-to-video or video-to-audio."""
+        assert m.cross_ada is not None
+        rows = slice(0, 2) if reads_audio else slice(2, 4)
+        scale, shift = pick(self.cross_table[rows], m.cross_ada[:, :, rows], m.denoise)
+        return h * (1 + scale) + shift
+
+    def cross_update(  # noqa: ANN201
+        self,
+        q: Array,
+        kv: Array,
+        m: Modality,
+        rope: Rope | None,
+        bias,
+        length,  # noqa: ANN001
+    ):
+        """What attention to the other modality adds."""
+        assert m.cross_gate is not None
+        (gate,) = pick(self.cross_table[4:], m.cross_gate, m.denoise)
+        out = self.cross_attn(
+            q, kv, rope=m.cross_rope, context_rope=rope, bias=bias, length=length
+        )
+        return out * gate
+
+    def feed_forward(self, x: Array, m: Modality) -> Array:
+        """Add the feed-forward network."""
+        shift, scale, gate = pick(self.table[3:6], m.ada[:, :, 3:6], m.denoise)
+        return x + self.ff(modulate(x, scale, shift, self.cfg.norm_eps)) * gate
+
+
+class AVBlock(nn.Module):
+    """One layer over both modalities; either may be None.
+
+    Attributes:
+        cfg: the transformer.
+        backend: see `attention.attend`.
+    """
+
+    cfg: TransformerConfig
+    backend: Backend = "auto"
+
+    def setup(self) -> None:
+        """Create the two halves."""
+        video, audio = self.cfg.video, self.cfg.audio
+        self.video = Half(self.cfg, video, audio, self.backend)
+        self.audio = Half(self.cfg, audio, video, self.backend)
+
+    def _cross(self, x: AV, cond: AV, work: Work, bias: Bias) -> AV:
+        """Audio-to-video and video-to-audio attention, both from the old states."""
+        halves = AV(self.video, self.audio)
+        normed = AV(*(rms_norm(h, self.cfg.norm_eps) for h in x))
+        to_video = "video" not in work.frozen and not work.skip.a2v
+        to_audio = "audio" not in work.frozen and not work.skip.v2a
+        video, audio = x
+        if to_video:
+            keys = slice(None if work.video_sees_ref else work.targets.audio)
+            length = cond.audio.length if work.video_sees_ref else None
+            q = halves.video.cross_side(normed.video, cond.video, True)
+            kv = halves.audio.cross_side(normed.audio, cond.audio, True)
+            rope, a2v = cond.audio.cross_rope[keys], bias.a2v
+            video = video + halves.video.cross_update(
+                q, kv[:, keys], cond.video, rope, a2v, length
+            )
+        if to_audio:
+            q = halves.audio.cross_side(normed.audio, cond.audio, False)
+            kv = halves.video.cross_side(normed.video, cond.video, False)
+            rope, length = cond.video.cross_rope, cond.video.length
+            audio = audio + halves.audio.cross_update(
+                q, kv, cond.audio, rope, bias.v2a, length
+            )
+        return AV(video, audio)
+
+    def __call__(self, x: AV, cond: AV, work: Work, bias: Bias) -> AV:
+        """Run the layer.
+
+        Args:
+            x: states, [B T D] each.
+            cond: `Modality` each.
+            work: what to do (static).
+            bias: additive attention biases.
+        """
+        new: dict[str, Array | None] = x._asdict()
+        active = [n for n in AV._fields if new[n] is not None and n not in work.frozen]
+        for name in active:
+            half, m = getattr(self, name), getattr(cond, name)
+            skip = getattr(work.skip, f"{name}_self")
+            h = half.attend_self(new[name], m, skip, getattr(bias, f"{name}_self"))
+            hides = name == "audio" and not work.ref_sees_text
+            new[name] = half.attend_text(h, m, work.targets.audio if hides else None)
+        if x.video is not None and x.audio is not None:
+            new = self._cross(AV(**new), cond, work, bias)._asdict()
+        for name in active:
+            half, m = getattr(self, name), getattr(cond, name)
+            new[name] = half.feed_forward(new[name], m)
+        return AV(**new)

@@ -1,0 +1,71 @@
+"""Layers shared by all networks: `Dense` is the only place where LoRA acts."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+
+def along_last(v: Array | np.ndarray, x: Float[Array, "... D"]) -> Array:
+    """A vector over the last axis of `x`, in its rank and dtype."""
+    return jnp.asarray(v, x.dtype).reshape((1,) * (x.ndim - 1) + v.shape)
+
+
+class Dense(nn.Module):
+    """`x @ kernel + bias`, plus `(x @ a) @ b` where the `lora` collection has this path.
+
+    The computation runs in the dtype of `x`; parameters are cast to it at use.
+    """
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """Map the last axis from I to `features`."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + along_last(bias, y)
+        if self.has_variable("lora", "kernel"):
+            lora = self.get_variable("lora", "kernel")
+            y = y + (x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype)
+        return y
+
+
+def rms_norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
+    """Divide by the root mean square of the last axis (no weight), in float32."""
+    h = x.astype(jnp.float32)
+    h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
+    return h.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned weight per channel."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise the last axis."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return rms_norm(x, self.eps) * along_last(scale, x)
+
+
+class FeedForward(nn.Module):
+    """Dense to `mult * D`, tanh GELU, Dense back to D."""
+
+    mult: int = 4
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Map [... D] to [... D]."""
+        h = Dense(self.mult * x.shape[-1], name="up")(x)
+        h = checkpoint_name(h, "ff")
+        return Dense(x.shape[-1], name="down")(jax.nn.gelu(h, approximate=True))

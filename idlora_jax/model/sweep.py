@@ -1,0 +1,270 @@
+"""Running the layers for all branches of a step: one sweep over the stacked weights.
+
+For each layer, for each branch alive there. The scan goes over the layer index; the
+layer's weights are cut out inside the checkpointed body (slicing the stack outside
+would copy it, and so would saving the slices for the backward pass).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+from idlora_jax.config import TransformerConfig
+from idlora_jax.model.block import AVBlock, Modality, Work
+from idlora_jax.model.spans import Kind, Mode, Span, spans
+from idlora_jax.types import AV, Bias, Branch, Prompt, Tree, each
+
+Remat = Literal["none", "selective", "full"]
+_POLICIES = jax.checkpoint_policies
+POLICIES = {
+    # No policy may save the weights of a layer: that would copy the stack.
+    "none": _POLICIES.save_anything_except_these_names("weights"),
+    "selective": _POLICIES.save_only_these_names("attention", "ff"),
+    "full": _POLICIES.nothing_saveable,
+}
+
+
+class Call(NamedTuple):
+    """What the layers of one forward pass share.
+
+    Attributes:
+        cfg: the transformer.
+        block: one layer.
+        variables: collections with stacked "blocks".
+        cond: `AV[Modality]` without text.
+        prompts: projected prompts.
+        branches: from `spans.checked`.
+        targets: numbers of target tokens.
+        bias: additive biases.
+        mode: how branches are grouped.
+    """
+
+    cfg: TransformerConfig
+    block: AVBlock
+    variables: Mapping[str, Tree]
+    cond: AV
+    prompts: tuple[Prompt, ...]
+    branches: tuple[Branch, ...]
+    targets: AV
+    bias: Bias
+    mode: Mode
+
+
+class Rows(NamedTuple):
+    """What differs between groups of one kind, stacked [g B ...]: AV each."""
+
+    text: AV
+    text_bias: AV
+    length: AV
+
+
+class Inputs(NamedTuple):
+    """Conditions and biases of a kind, and the `Rows` of its groups."""
+
+    cond: AV
+    bias: Bias
+    rows: Rows
+
+
+def _first(m: Modality, n: int) -> Modality:
+    """The conditions of the first n tokens."""
+    rows = slice(n)
+    return m._replace(
+        denoise=m.denoise[:, rows],
+        rope=m.rope[rows],
+        cross_rope=None if m.cross_rope is None else m.cross_rope[rows],
+        length=None,
+    )
+
+
+def _first_bias(bias: Bias, n: AV) -> Bias:
+    """The biases between the first n tokens of each modality."""
+    v, a, every = slice(n.video), slice(n.audio), slice(None)
+    cuts = Bias((v, v), (a, a), (v, every), (a, every), (v, a), (a, v))
+    pairs = zip(bias, cuts, strict=True)
+    return Bias(*(None if b is None else b[:, r, c] for b, (r, c) in pairs))
+
+
+def _text_bias(prompt: Prompt, tokens: int, given: Array | None) -> Array | None:
+    """[B T S]: the given bias, or that of the prompt's padding."""
+    if given is not None or prompt.mask is None:
+        return given
+    floor = jnp.finfo(jnp.float32).min
+    row = jnp.where(prompt.mask, 0.0, floor)[:, None]
+    return jnp.broadcast_to(row, (row.shape[0], tokens, row.shape[2]))
+
+
+def _lengths(m: Modality, targets: int, uses: list[bool]) -> Array | None:
+    """[g B] valid keys where groups of one kind differ in using the reference."""
+    batch, tokens = m.denoise.shape
+    if all(uses):
+        return None if m.length is None else jnp.stack([m.length] * len(uses))
+    full = jnp.full(batch, tokens) if m.length is None else m.length
+    return jnp.stack([full if use else jnp.full(batch, targets) for use in uses])
+
+
+def _stacked(arrays: list[Array | None]) -> Array | None:
+    return None if any(a is None for a in arrays) else jnp.stack(arrays)  # pyright: ignore
+
+
+def _with_masks(prompts: list[Prompt]) -> list[Prompt]:
+    """Where one prompt has a mask, all get one."""
+    if all(p.mask is None for p in prompts):
+        return prompts
+    full = [
+        jnp.ones((p.video if p.audio is None else p.audio).shape[:2], bool)
+        for p in prompts
+    ]
+    return [
+        p._replace(mask=f) if p.mask is None else p
+        for p, f in zip(prompts, full, strict=True)
+    ]
+
+
+def _inputs(call: Call, kind: Kind) -> Inputs:
+    cond, bias = call.cond, call.bias
+    if not kind.branch.use_ref:
+        cond, bias = each(_first, cond, call.targets), _first_bias(bias, call.targets)
+    prompts = _with_masks([call.prompts[call.branches[g].prompt] for g in kind.groups])
+    uses = [call.branches[g].use_ref or not kind.branch.use_ref for g in kind.groups]
+
+    def rows(m: Modality, name: str, targets: int) -> tuple[Array | None, ...]:
+        given, tokens = getattr(bias, f"{name}_text"), m.denoise.shape[1]
+        texts = jnp.stack([getattr(p, name) for p in prompts])
+        biases = _stacked([_text_bias(p, tokens, given) for p in prompts])
+        return texts, biases, _lengths(m, targets, uses)
+
+    made = each(rows, cond, AV("video", "audio"), call.targets)
+    return Inputs(
+        cond, bias, Rows(*(each(lambda r, n=n: r[n], made) for n in range(3)))
+    )
+
+
+def _one(
+    call: Call, kind: Kind, layer: Mapping[str, Tree], inputs: Inputs, x: AV, rows: Rows
+) -> AV:
+    """One layer on states [B T D] with rows [B ...]."""
+    branch = kind.branch
+    sees = (branch.video_sees_ref, branch.ref_sees_text, branch.frozen)
+    work = Work(kind.skip, call.targets, *sees)
+
+    def with_rows(
+        m: Modality, text: Array, bias: Array | None, length: Array | None
+    ) -> Modality:
+        return m._replace(text=text, text_bias=bias, length=length)
+
+    cond = each(with_rows, inputs.cond, *rows)
+    return call.block.apply(layer, x, cond, work, inputs.bias)  # pyright: ignore
+
+
+def _side_by_side(run: Any, inputs: Inputs, states: AV, size: int) -> AV:
+    """`size` groups at a time as rows of one batch."""
+    groups = jax.tree.leaves(states)[0].shape[0]
+    done = []
+    for start in range(0, groups, size):
+        n = min(size, groups - start)
+
+        def merge(a: Array, start: int = start, n: int = n) -> Array:
+            return a[start : start + n].reshape(-1, *a.shape[2:])
+
+        def tile(a: Array, n: int = n) -> Array:
+            return jnp.concatenate([a] * n)
+
+        def part(a: Array, n: int = n) -> Array:
+            return a.reshape(n, -1, *a.shape[1:])
+
+        x, rows = jax.tree.map(merge, (states, inputs.rows))
+        cond, bias = jax.tree.map(tile, (inputs.cond, inputs.bias))
+        done.append(jax.tree.map(part, run(Inputs(cond, bias, rows), x, rows)))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *done)
+
+
+def _run_kind(
+    call: Call, kind: Kind, layer: Mapping[str, Tree], inputs: Inputs, states: AV
+) -> AV:
+    """One layer for all groups of a kind: [g B T D] -> [g B T D]."""
+
+    def run(given: Inputs, x: AV, rows: Rows) -> AV:
+        return _one(call, kind, layer, given, x, rows)
+
+    groups = len(kind.groups)
+    if call.mode == "sweep" and groups > 1:
+        return jax.lax.map(lambda a: run(inputs, *a), (states, inputs.rows))
+    size = groups if call.mode == "batch" else min(groups, 2)
+    return _side_by_side(run, inputs, states, size)
+
+
+def _layer_of(variables: Mapping[str, Tree], index: Array) -> dict[str, Tree]:
+    """Cut out one layer of some collections."""
+
+    def cut(stack: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+
+    return jax.tree.map(cut, dict(variables))
+
+
+def _named(layer: Mapping[str, Tree]) -> Mapping[str, Tree]:
+    """Name a layer's variables, so that every remat policy can refuse to save them."""
+    return jax.tree.map(
+        lambda w: checkpoint_name(w, "weights"), layer
+    )
+
+
+def _run_span(
+    call: Call,
+    span: Span,
+    states: tuple[AV, ...],
+    remat: Remat,
+    scanned: tuple[str, ...],
+) -> tuple[AV, ...]:
+    """Scan the span's layers over the kinds' stacked states."""
+    inputs = [_inputs(call, kind) for kind in span.kinds]
+    blocks = {c: t["blocks"] for c, t in call.variables.items() if "blocks" in t}
+    # A slice of a stack would be a copy, so only a whole stack is scanned as data.
+    whole = span.stop - span.start == call.cfg.layers
+    data = {c: t for c, t in blocks.items() if whole and c in scanned}
+    rest = {c: t for c, t in blocks.items() if c not in data}
+
+    def body(
+        carry: tuple[AV, ...], at: tuple[Array, dict[str, Tree]]
+    ) -> tuple[tuple[AV, ...], None]:
+        index, own = at
+        layer = _named({**_layer_of(rest, index), **own})
+        zipped = zip(span.kinds, inputs, carry, strict=True)
+        return tuple(_run_kind(call, k, layer, i, s) for k, i, s in zipped), None
+
+    body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False)
+    layers = jnp.arange(span.start, span.stop)
+    return jax.lax.scan(body, states, (layers, data))[0]
+
+
+def run_layers(call: Call, x: AV, remat: Remat, scanned: tuple[str, ...]) -> list[AV]:
+    """States of every branch after all layers; equal branches share one object.
+
+    Args:
+        call: what the layers share.
+        x: states before the first layer, [B T D] each.
+        remat: what the backward pass keeps.
+        scanned: collections given to a single span's scan as data.
+    """
+    per_branch = [x] * len(call.branches)
+    for span in spans(call.branches, call.cfg.layers, call.mode):
+        states = []
+        for kind in span.kinds:
+            group = [per_branch[g] for g in kind.groups]
+            if not kind.branch.use_ref:
+                group = [each(lambda h, n: h[:, :n], s, call.targets) for s in group]
+            states.append(jax.tree.map(lambda *a: jnp.stack(a), *group))
+        done = _run_span(call, span, tuple(states), remat, scanned)
+        by_group: dict[int, AV] = {}
+        for kind, state in zip(span.kinds, done, strict=True):
+            for row, g in enumerate(kind.groups):
+                by_group[g] = jax.tree.map(lambda a, row=row: a[row], state)
+        per_branch = [by_group[g] for g in span.source]
+    return per_branch

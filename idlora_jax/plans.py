@@ -1,0 +1,194 @@
+"""Pipelines as data: which solver, which noise levels, which guidance, per stage.
+
+A `Stage` is one run of the sampler, a `Plan` the stages in order. Everything here is
+static and holds no array; what the numbers mean is said once, in `solvers`, `schedules`
+and `guidance`. The guidance of a stage is linear,
+
+    x0 = x0_0 + sum_g w_g (x0_0 - x0_g),
+
+over its terms, with w_g from the scales (video, audio) given here: s - 1 for text
+guidance and the bimodal term, s for STG and identity guidance. A scale that does
+nothing (1 or 0) makes the term absent, so that its forward pass is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float
+
+from idlora_jax import geometry, guidance, schedules, solvers
+from idlora_jax.denoise import Mode
+from idlora_jax.guidance import Term
+from idlora_jax.solvers import Solver
+from idlora_jax.types import Branch, Layout, Numerics
+
+Real = float | int
+Scale = tuple[Real, Real]
+"""(video, audio)."""
+
+SOLVERS: Mapping[str, Callable[[], Solver]] = {
+    "euler": solvers.euler,
+    "res2s": solvers.res2s,
+    "gradient_estimation": solvers.gradient_estimation,
+}
+
+
+def _known(what: str, name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        raise ValueError(f"plans: {what} {name!r} is unknown, use one of {[*names]}")
+
+
+@dataclass(frozen=True)
+class Sigmas:
+    """How to make a stage's noise levels.
+
+    Attributes:
+        name: one of `RECIPES`.
+        steps: how many; the distilled lists have their own number.
+        tokens: what the shift of "ltx2" counts; None: the video's latent tokens.
+    """
+
+    name: str = "ltx2"
+    steps: int = 30
+    tokens: int | None = schedules.MANY_TOKENS
+
+    def __post_init__(self) -> None:
+        _known("schedule", self.name, [*RECIPES])
+
+    def table(
+        self, layout: Layout, numerics: Numerics = "exact"
+    ) -> Float[np.ndarray, " N"]:
+        """The falling noise levels for a clip of this size, the last one 0."""
+        return RECIPES[self.name](self, layout, numerics)
+
+
+def _ltx2(recipe: Sigmas, layout: Layout, numerics: Numerics) -> np.ndarray:
+    tokens = recipe.tokens
+    if tokens is None:
+        if layout.video is None:
+            raise ValueError(
+                "plans: tokens=None counts video tokens, but there is no video; give "
+                f"a number ({schedules.MANY_TOKENS})"
+            )
+        tokens = geometry.tokens(layout.video)
+    return schedules.ltx2(recipe.steps, tokens=tokens, numerics=numerics)
+
+
+RECIPES: Mapping[str, Callable[[Sigmas, Layout, Numerics], np.ndarray]] = {
+    "ltx2": _ltx2,
+    "linear_quadratic": lambda recipe, *_: schedules.linear_quadratic(recipe.steps),
+    "beta": lambda recipe, *_: schedules.beta(recipe.steps),
+    "distilled": lambda *_: schedules.distilled(),
+    "stage2_distilled": lambda *_: schedules.stage2_distilled(),
+}
+PLAIN = Branch()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the sampler.
+
+    Attributes:
+        name: for messages and records.
+        solver: one of `SOLVERS`.
+        sigmas: the noise levels.
+        terms: guidance directions; each costs a forward pass per model call.
+        scales: (video, audio) per term.
+        adapters: (name, strength) of the adapters in use.
+        positive: what the positive pass does; the terms' passes start from it.
+        branches: how the passes of a step are laid out; results are equal.
+        rescale: share, for video and audio, by which guidance's change of deviation is
+            undone; None: off.
+
+    Raises:
+        ValueError: if there is not one scale per term, or the solver is unknown.
+    """
+
+    name: str
+    solver: str = "euler"
+    sigmas: Sigmas = Sigmas()
+    terms: tuple[Term, ...] = ()
+    scales: tuple[Scale, ...] = ()
+    adapters: tuple[tuple[str, Real], ...] = ()
+    positive: Branch = PLAIN
+    branches: Mode = "sweep"
+    rescale: tuple[Real, Real] | None = None
+
+    def __post_init__(self) -> None:
+        _known("solver", self.solver, [*SOLVERS])
+        if len(self.terms) != len(self.scales):
+            raise ValueError(
+                f"plans: stage {self.name!r} has {len(self.terms)} terms and "
+                f"{len(self.scales)} scales; give one (video, audio) pair per term"
+            )
+
+    def weights(self, steps: int) -> Float[np.ndarray, "steps terms 2"]:
+        """The weight of each term in each step, for video and audio."""
+        names = (term.name for term in self.terms)
+        scales = dict(zip(names, self.scales, strict=True))
+        return guidance.weights(self.terms, scales, steps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a pipeline, in order."""
+
+    stages: tuple[Stage, ...]
+
+
+def without_reference(stage: Stage) -> Stage:
+    """The stage for a request without reference: terms that drop it are absent."""
+    pairs = zip(stage.terms, stage.scales, strict=True)
+    return _with_terms(stage, [(t, s) for t, s in pairs if not t.drop_ref])
+
+
+def _with_terms(stage: Stage, pairs: Sequence[tuple[Term, Scale]]) -> Stage:
+    """The stage with those of the terms that do something."""
+    kept = [(t, s) for t, s in pairs if any(v != t.neutral for v in s)]
+    terms, scales = (tuple(part[i] for part in kept) for i in range(2))
+    return replace(stage, terms=terms, scales=scales)
+
+
+def one_stage(
+    *,
+    steps: int = 30,
+    video_cfg: Real = 3.0,
+    audio_cfg: Real = 7.0,
+    identity: Real = 3.0,
+    stg: Real = 1.0,
+    stg_layer: int = 29,
+    bimodal: Real = 3.0,
+    adapters: Mapping[str, Real] | None = None,
+    branches: Mode = "sweep",
+) -> Plan:
+    """Noise to sample in one go: the pipeline of ID-LoRA's one-stage script.
+
+    Args:
+        steps: Euler steps along the default schedule at 4096 tokens.
+        video_cfg: text guidance of the video; 1 is off.
+        audio_cfg: text guidance of the audio; 1 is off.
+        identity: guidance of the audio towards the reference voice; 0 is off.
+        stg: guidance away from skipped self-attention; 0 is off.
+        stg_layer: the layer whose self-attention is skipped.
+        bimodal: guidance away from unconnected video and audio; 1 is off.
+        adapters: strength by name.
+        branches: how the passes of a step are laid out.
+
+    Source: scripts/inference_one_stage.py.
+    """
+    stage = Stage(
+        name="one_stage",
+        sigmas=Sigmas(steps=steps),
+        adapters=tuple((adapters or {}).items()),
+        branches=branches,
+    )
+    pairs: list[tuple[Term, Scale]] = [
+        (guidance.text_cfg(), (video_cfg, audio_cfg)),
+        (guidance.identity(), (0.0, identity)),
+        (guidance.stg([stg_layer]), (stg, stg)),
+        (guidance.bimodal(), (bimodal, bimodal)),
+    ]
+    return Plan((_with_terms(stage, pairs),))
