@@ -108,7 +108,9 @@ def scale(adapter: Adapter, factor: float | Array) -> Adapter:
 
     def one(pair: Tree) -> dict[str, Any]:
         b = jnp.asarray(pair["b"])
-        return {"a": pair["a"], "b": (b * factor).astype(b.dtype)}
+        # In float32 and rounded once: a bfloat16 factor would be rounded itself.
+        product = b.astype(jnp.float32) * jnp.float32(factor)
+        return {"a": pair["a"], "b": product.astype(b.dtype)}
 
     return jax.tree.map(one, adapter, is_leaf=_is_pair)
 

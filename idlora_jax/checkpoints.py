@@ -111,7 +111,7 @@ def read_tensors(
         raise ValueError(f"{path}: no such file; expected a .safetensors file")
     try:
         with safe_open(path, framework="numpy") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
             return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(

@@ -158,3 +158,41 @@ def transformer_config(
         cross_sigma="own" if old else "other",
         skipped_self_attention="drop" if old else "values",
     )
+
+
+_BOTH = {
+    "av_ca_timestep_scale_multiplier": 1000.0,
+    "frequencies_precision": "float64",
+    "rope_type": "split",
+}
+_NEWER = {
+    "apply_gated_attention": True,
+    "caption_proj_before_connector": True,
+    "cross_attention_adaln": True,
+}
+_TINY = {
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 64,
+    "audio_num_attention_heads": 4,
+    "audio_attention_head_dim": 8,
+    "audio_cross_attention_dim": 32,
+    "caption_channels": 48,
+}
+
+LTX2_19B = transformer_config({"transformer": _BOTH})
+"""The published transformer of LTX-2, generation 2.0."""
+
+LTX2_3_22B = transformer_config({"transformer": _BOTH | _NEWER})
+"""The published transformer of LTX-2.3."""
+
+
+def tiny_section(generation: Generation = "2.0") -> dict[str, Any]:
+    """The `transformer` section of the tiny checkpoint, as embedded in a file."""
+    return _BOTH | _TINY | (_NEWER if generation == "2.3" else {})
+
+
+def tiny(generation: Generation = "2.0") -> TransformerConfig:
+    """A transformer of either generation that runs in milliseconds."""
+    return transformer_config({"transformer": tiny_section(generation)})

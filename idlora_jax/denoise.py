@@ -102,6 +102,12 @@ class _Guided:
     mode: Mode
     over: Literal["sample", "batch"]
 
+    def predict(
+        self, variables: Any, prepared: Any, streams: AV, sigma: Any
+    ) -> tuple[AV, ...]:
+        args = (self.apply, variables, prepared, streams, sigma, self.branches)
+        return predict(*args, targets=self.targets, mode=self.mode)
+
     def __call__(
         self,
         variables: Any,
@@ -117,16 +123,7 @@ class _Guided:
                 f"denoise: weights for {weights.shape[0]} terms, expected "
                 f"{[term.name for term in self.terms]}"
             )
-        x0 = predict(
-            self.apply,
-            variables,
-            prepared,
-            streams,
-            sigma,
-            self.branches,
-            targets=self.targets,
-            mode=self.mode,
-        )
+        x0 = self.predict(variables, prepared, streams, sigma)
         steps, memory = guidance.directions(self.terms, x0, memory)
         guided = x0[0]
         if self.terms:
@@ -175,6 +172,13 @@ def make_denoiser(
     static = _Guided(apply, (*terms,), passes, targets, branches, over)
     share = None if rescale is None else jnp.asarray(rescale, jnp.float32)
     return Partial(static, variables, prepared, share)
+
+
+def predictions(denoise: Denoise, streams: AV, sigma: Any) -> tuple[AV, ...]:
+    """`predict` of a denoiser from `make_denoiser`: positive, then one per term."""
+    assert isinstance(denoise, Partial) and isinstance(denoise.func, _Guided)
+    variables, prepared, _ = denoise.args
+    return denoise.func.predict(variables, prepared, streams, sigma)
 
 
 class Record(NamedTuple):

@@ -275,7 +275,9 @@ def _usage_error(message: str) -> NoReturn:
 
 
 def _refuse(unknown: Sequence[str], kind: type) -> NoReturn:
-    first = next((a for a in unknown if a.startswith("-")), unknown[0])
+    first = next((a for a in unknown if a.startswith("-")), None)
+    if first is None:
+        _usage_error(f"unexpected argument {unknown[0]}; every setting has a name")
     name = first.partition("=")[0].replace("_", "-")
     near = difflib.get_close_matches(name, [*_options(kind), "--config"], 1, 0.0)
     _usage_error(
@@ -301,7 +303,8 @@ def parse(argv: Sequence[str], kind: type[Config]) -> Config:
     wants_help = "--help" in rest or "-h" in rest
     if known.config is None and not wants_help:
         _usage_error("--config FILE is missing, for example --config configs/tiny.py")
-    about = f"{kind.__doc__}\n\n--config FILE comes first; options override its values."
+    about = (kind.__doc__ or "").partition("\n")[0]
+    about += "\n\nOptions override the values of --config FILE."
     try:
         default = load_config(known.config, kind) if known.config else None
         options: Any = {} if default is None else {"default": default}

@@ -147,7 +147,7 @@ def _pad_width(image: np.ndarray, width: int) -> np.ndarray:
 
 
 def contact_sheet(
-    rows: Sequence[UInt8[np.ndarray, "F H W 3"]],
+    rows: Sequence[UInt8[np.ndarray, "_F _H _W 3"]],
     labels: Sequence[str],
     *,
     gap: int = 4,

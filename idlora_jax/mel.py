@@ -49,7 +49,7 @@ def resample_kernel(from_rate: int, to_rate: int) -> Float32[np.ndarray, "phase 
     common = math.gcd(from_rate, to_rate)
     a, b = from_rate // common, to_rate // common
     cutoff = ROLLOFF * min(a, b) / a
-    width = math.ceil(ZERO_CROSSINGS / cutoff)
+    width = math.ceil(ZERO_CROSSINGS * a / (ROLLOFF * min(a, b)))
     taps = np.arange(-width, width + a)
     u = cutoff * (taps[None] - np.arange(b)[:, None] * a / b)
     u = np.clip(u, -ZERO_CROSSINGS, ZERO_CROSSINGS)

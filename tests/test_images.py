@@ -1,5 +1,7 @@
 """Resizing and cropping against what is known about the result."""
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -92,7 +94,11 @@ def test_making_smaller_averages_and_keeps_constants():
 
 def test_wrong_arguments_say_what_was_expected():
     with pytest.raises(ValueError, match="got fit 'cover', expected 'crop' or"):
-        images.fit_image.__wrapped__(noise(4, 4, 3), 4, 4, "cover")
+        inspect.unwrap(images.fit_image)(noise(4, 4, 3), 4, 4, "cover")
+    with pytest.raises(ValueError, match="got method 'cubic', expected one of"):
+        inspect.unwrap(images.resize_crop)(
+            np.zeros((4, 4, 3), np.uint8), 4, 4, method="cubic"
+        )
     with pytest.raises(ValueError, match=r"size 0 x 4, expected at least 1 x 1"):
         images.fit_image(noise(4, 4, 3), 0, 4)
     with pytest.raises(ValueError, match=r"picture of 0 x 4 pixels"):

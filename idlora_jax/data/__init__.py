@@ -1,0 +1,1 @@
+"""Data sets: making them, describing them, reading them."""

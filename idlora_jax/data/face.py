@@ -12,6 +12,8 @@ to first order. Layers are painted from back to front.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,19 +108,22 @@ class Pose(NamedTuple):
     mouth: np.ndarray
 
 
-class _Canvas(NamedTuple):
-    """RGB picture [F H W 3], head coordinates [F H W] and the size of a pixel."""
+class _Grid(NamedTuple):
+    """Head coordinates x, y [F H W], those of the room [1 H W], size of a pixel."""
 
-    rgb: np.ndarray
     x: np.ndarray
     y: np.ndarray
+    room_x: np.ndarray
+    room_y: np.ndarray
     pixel: float
 
     def cover(self, distance: np.ndarray) -> np.ndarray:
+        """Share of each pixel inside a shape, from its signed distance."""
         return np.clip(0.5 - distance / self.pixel, 0, 1)
 
-    def paint(self, cover: np.ndarray, colour: np.ndarray | Rgb) -> None:
-        self.rgb[...] += cover[..., None] * (np.asarray(colour, np.float32) - self.rgb)
+
+Layer = tuple[np.ndarray, np.ndarray | Rgb]
+"""(cover [F H W], colour [3] or [F H W 3])"""
 
 
 def _ellipse(
@@ -138,37 +143,34 @@ def _ellipse(
     return np.maximum(distance, np.maximum(x - width, y - height))
 
 
-def _canvas(pose: Pose, height: int, width: int) -> _Canvas:
+def _grid(pose: Pose, height: int, width: int) -> _Grid:
     unit = min(height, width)
     columns = ((np.arange(width) + 0.5 - width / 2) / unit).astype(np.float32)
     rows = ((np.arange(height) + 0.5 - height / 2) / unit).astype(np.float32)
-    x, y, roll = (
+    room_x, room_y = columns[None, None, :], rows[None, :, None]
+    right, down, roll = (
         np.asarray(a, np.float32)[:, None, None] for a in (pose.x, pose.y, pose.roll)
     )
-    x, y = columns[None, None, :] - x, rows[None, :, None] - y
+    x, y = room_x - right, room_y - down
     turned_x = np.cos(roll) * x + np.sin(roll) * y
     turned_y = np.cos(roll) * y - np.sin(roll) * x
-    rgb = np.zeros((len(roll), height, width, 3), np.float32)
-    return _Canvas(rgb, turned_x, turned_y, 1 / unit)
+    return _Grid(turned_x, turned_y, room_x, room_y, 1 / unit)
 
 
-def _shade(colour: Rgb, light: np.ndarray) -> np.ndarray:
-    """A colour [F H W 3] under a light of about 1."""
-    return np.asarray(colour, np.float32) * light[..., None]
+def _shade(colour: Rgb, light: np.ndarray | float) -> np.ndarray:
+    """A colour under a light of about 1, which may vary over the picture."""
+    return np.asarray(colour, np.float32) * np.asarray(light, np.float32)[..., None]
 
 
-def _paint_wall(face: Face, c: _Canvas, height: int, width: int) -> None:
+def _wall(face: Face, c: _Grid) -> Iterator[Layer]:
     """A wall lighter at the top and the glow of a lamp, not moving with the head."""
-    unit = min(height, width)
-    x = ((np.arange(width) + 0.5 - width / 2) / unit)[None, None, :]
-    y = ((np.arange(height) + 0.5 - height / 2) / unit)[None, :, None]
-    light = np.broadcast_to(0.94 - 0.28 * y, c.x.shape).astype(np.float32)
-    c.rgb[...] = _shade(WALL[face.wall], light)
+    x, y = np.broadcast_arrays(c.room_x, c.room_y)
+    yield np.ones_like(x), _shade(WALL[face.wall], 0.94 - 0.28 * y)
     glow = np.exp(-(((x - face.lamp) / 0.22) ** 2) - ((y + 0.36) / 0.22) ** 2)
-    c.paint(0.55 * np.broadcast_to(glow, c.x.shape), (255, 244, 214))
+    yield 0.55 * glow, (255, 244, 214)
 
 
-def _hair_outline(face: Face, c: _Canvas) -> np.ndarray:
+def _hair_outline(face: Face, c: _Grid) -> np.ndarray:
     """Signed distance to the mass of hair behind the face."""
     w, h = face.width, face.height
     if face.style == "long":
@@ -185,108 +187,101 @@ def _hair_outline(face: Face, c: _Canvas) -> np.ndarray:
     return cap
 
 
-def _paint_back(face: Face, c: _Canvas) -> None:
+def _back(face: Face, c: _Grid) -> Iterator[Layer]:
     """Hair behind, neck, shirt and ears."""
     hair, skin = HAIR[face.hair], SKIN[face.skin]
-    above = c.cover(c.y - 0.02)
-    if face.style == "long":
-        above = np.ones_like(above)
     if face.style != "cropped":
-        c.paint(c.cover(_hair_outline(face, c)) * above, _shade(hair, 0.8 - c.x * 0.3))
-    c.paint(
-        c.cover(_ellipse(c.x, c.y - 0.34, 0.1, 0.2, 4.0)), _shade(skin, 0.74 + 0 * c.x)
-    )
-    shirt = _ellipse(c.x, c.y - 0.72, 0.46, 0.34, 2.6)
-    c.paint(c.cover(shirt), _shade(SHIRT[face.shirt], 0.95 - 0.5 * c.x))
-    collar = c.cover(_ellipse(c.x, c.y - 0.36, 0.115, 0.075)) * c.cover(shirt)
-    c.paint(collar, _shade(skin, 0.82 + 0 * c.x))
+        outline = c.cover(_hair_outline(face, c))
+        shown = outline if face.style == "long" else outline * c.cover(c.y - 0.02)
+        yield shown, _shade(hair, 0.8 - 0.3 * c.x)
+    yield c.cover(_ellipse(c.x, c.y - 0.34, 0.1, 0.2, 4.0)), _shade(skin, 0.74)
+    shirt = c.cover(_ellipse(c.x, c.y - 0.72, 0.46, 0.34, 2.6))
+    yield shirt, _shade(SHIRT[face.shirt], 0.95 - 0.5 * c.x)
+    collar = c.cover(_ellipse(c.x, c.y - 0.36, 0.115, 0.075))
+    yield collar * shirt, _shade(skin, 0.82)
     ears = _ellipse(np.abs(c.x) - face.width, c.y - 0.01, 0.032, 0.055)
-    c.paint(c.cover(ears), _shade(skin, 0.84 - 0.3 * c.x))
+    yield c.cover(ears), _shade(skin, 0.84 - 0.3 * c.x)
 
 
-def _paint_head(face: Face, c: _Canvas) -> None:
+def _head(face: Face, c: _Grid) -> Iterator[Layer]:
     """The face itself, beard and the hair over the forehead."""
     w, h = face.width, face.height
-    skin, hair = SKIN[face.skin], HAIR[face.hair]
+    hair = HAIR[face.hair]
     outline = c.cover(_ellipse(c.x, c.y, w, h, face.jaw))
-    c.paint(outline, _shade(skin, 1.02 - 0.55 * c.x - 0.22 * c.y))
-    blush = np.exp(
-        -(((np.abs(c.x) - 0.6 * w) / 0.06) ** 2) - ((c.y - 0.09) / 0.05) ** 2
-    )
-    c.paint(0.22 * blush * outline, (206, 92, 84))
+    yield outline, _shade(SKIN[face.skin], 1.02 - 0.55 * c.x - 0.22 * c.y)
+    side = (np.abs(c.x) - 0.6 * w) / 0.06
+    blush = np.exp(-(side**2) - ((c.y - 0.09) / 0.05) ** 2)
+    yield 0.22 * blush * outline, (206, 92, 84)
     if face.extra == "a beard":
         cheeks = _ellipse(c.x, c.y + 0.03, w * 0.82, 0.15, 2.6)
         beard = outline * (1 - c.cover(cheeks)) * c.cover(-0.01 - c.y)
-        c.paint(0.86 * beard, _shade(hair, 0.95 - c.x))
-    line = -0.56 * h + 0.9 * c.x**2 / w
-    if face.style == "short":
-        line = line - 0.25 * c.x
+        yield 0.86 * beard, _shade(hair, 0.95 - c.x)
+    parting = 0.25 if face.style == "short" else 0.0
+    line = -0.56 * h + 0.9 * c.x**2 / w - parting * c.x
     cap = c.cover(_ellipse(c.x, c.y + 0.03, w * 1.08, h * 1.07)) * c.cover(c.y - line)
     strength = 0.45 if face.style == "cropped" else 1.0
-    c.paint(strength * cap, _shade(hair, 0.98 - 0.6 * c.x - 0.3 * (c.y + h)))
+    yield strength * cap, _shade(hair, 0.98 - 0.6 * c.x - 0.3 * (c.y + h))
 
 
-def _paint_eyes(face: Face, c: _Canvas, blink: np.ndarray) -> None:
+def _eyes(face: Face, c: _Grid, blink: np.ndarray) -> Iterator[Layer]:
     """Eyes with closing lids, brows, glasses."""
     blink = np.asarray(blink, np.float32)[:, None, None]
     x, y = np.abs(c.x) - face.eye_gap, c.y + 0.045
     size = face.eye_size
     lid = 0.62 * size * (1 - 0.93 * blink)
+    socket = c.cover(_ellipse(x, y, 1.16 * size, lid + 0.3 * size))
+    yield socket, _shade(SKIN[face.skin], 0.8)
     white = c.cover(_ellipse(x, y, size, lid)) * (1 - blink**2)
-    c.paint(
-        c.cover(_ellipse(x, y, size * 1.16, lid + 0.3 * size)),
-        _shade(SKIN[face.skin], 0.8 + 0 * x),
-    )
-    c.paint(white, (246, 244, 240))
-    c.paint(white * c.cover(_ellipse(x, y, 0.56 * size, 0.56 * size)), EYES[face.eyes])
-    c.paint(white * c.cover(_ellipse(x, y, 0.25 * size, 0.25 * size)), (12, 10, 12))
-    glint = _ellipse(
-        c.x + 0.2 * size - np.sign(c.x) * face.eye_gap,
-        y + 0.2 * size,
-        0.13 * size,
-        0.13 * size,
-    )
-    c.paint(0.9 * white * c.cover(glint), (255, 255, 255))
+    yield white, (246, 244, 240)
+    yield white * c.cover(_ellipse(x, y, 0.56 * size, 0.56 * size)), EYES[face.eyes]
+    yield white * c.cover(_ellipse(x, y, 0.25 * size, 0.25 * size)), (12, 10, 12)
+    glint_x = c.x + 0.2 * size - np.sign(c.x) * face.eye_gap
+    glint = _ellipse(glint_x, y + 0.2 * size, 0.13 * size, 0.13 * size)
+    yield 0.9 * white * c.cover(glint), (255, 255, 255)
     closed = c.cover(_ellipse(x, y - 0.1 * size, size, 0.16 * size))
-    c.paint(blink * closed, (52, 34, 30))
+    yield blink * closed, (52, 34, 30)
     arch = y + 1.65 * size - 3.0 * (x + 0.2 * size) ** 2
-    brow = np.asarray(HAIR[face.hair], np.float32) * 0.75
-    c.paint(0.92 * c.cover(_ellipse(x, arch, 1.25 * size, face.brow)), brow)
+    brow = c.cover(_ellipse(x, arch, 1.25 * size, face.brow))
+    yield 0.92 * brow, _shade(HAIR[face.hair], 0.75)
     if face.extra == "glasses":
         ring = np.abs(_ellipse(x, y - 0.004, 1.75 * size, 1.5 * size, 2.8)) - 0.009
-        bridge = np.maximum(
-            np.abs(y) - 0.008, np.abs(c.x) - (face.eye_gap - 1.7 * size)
-        )
-        c.paint(0.95 * c.cover(np.minimum(ring, bridge)), (28, 26, 34))
+        reach = np.abs(c.x) - (face.eye_gap - 1.7 * size)
+        bridge = np.maximum(np.abs(y) - 0.008, reach)
+        yield 0.95 * c.cover(np.minimum(ring, bridge)), (28, 26, 34)
 
 
-def _paint_nose_and_mouth(face: Face, c: _Canvas, mouth: np.ndarray) -> None:
+def _nose_and_mouth(face: Face, c: _Grid, mouth: np.ndarray) -> Iterator[Layer]:
     """A nose, lips, and what is seen between them."""
     skin = SKIN[face.skin]
     ridge = _ellipse(c.x - 0.012, c.y - 0.4 * face.nose, 0.016, face.nose)
-    c.paint(0.4 * c.cover(ridge), _shade(skin, 0.66 + 0 * c.x))
+    yield 0.4 * c.cover(ridge), _shade(skin, 0.66)
     tip = _ellipse(c.x, c.y - 1.2 * face.nose, 0.036, 0.02)
-    c.paint(0.75 * c.cover(tip), _shade(skin, 0.76 + 0 * c.x))
+    yield 0.75 * c.cover(tip), _shade(skin, 0.76)
     opening = np.asarray(mouth, np.float32)[:, None, None]
     width = face.mouth_width * (1 - 0.18 * opening)
     height = 0.002 + OPEN * opening
     y = c.y - 0.175 - 0.25 * OPEN * opening
-    lips = np.asarray(LIPS, np.float32) * (0.55 + 0.45 * np.mean(skin) / 190)
-    c.paint(c.cover(_ellipse(c.x, y, width + 0.018, height + 0.019, 1.8)), lips)
+    lips = c.cover(_ellipse(c.x, y, width + 0.018, height + 0.019, 1.8))
+    yield lips, _shade(LIPS, 0.55 + 0.45 * float(np.mean(skin)) / 190)
     inside = c.cover(_ellipse(c.x, y, width, height))
-    c.paint(inside, MOUTH)
+    yield inside, MOUTH
     teeth = c.cover(y + 0.45 * height) * c.cover(np.abs(c.x) - 0.7 * width)
-    c.paint(0.92 * inside * teeth * np.clip(4 * opening - 0.6, 0, 1), TEETH)
+    yield 0.92 * inside * teeth * np.clip(4 * opening - 0.6, 0, 1), TEETH
 
 
 def draw(
     face: Face, pose: Pose, height: int, width: int
 ) -> UInt8[np.ndarray, "F {height} {width} 3"]:
     """Draw a head in a pose a frame."""
-    c = _canvas(pose, height, width)
-    _paint_wall(face, c, height, width)
-    _paint_back(face, c)
-    _paint_head(face, c)
-    _paint_eyes(face, c, pose.blink)
-    _paint_nose_and_mouth(face, c, pose.mouth)
-    return np.clip(np.rint(c.rgb), 0, 255).astype(np.uint8)
+    c = _grid(pose, height, width)
+    layers = itertools.chain(
+        _wall(face, c),
+        _back(face, c),
+        _head(face, c),
+        _eyes(face, c, pose.blink),
+        _nose_and_mouth(face, c, pose.mouth),
+    )
+    rgb = np.zeros((*c.x.shape, 3), np.float32)
+    for cover, colour in layers:
+        rgb += cover[..., None] * (np.asarray(colour, np.float32) - rgb)
+    return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)

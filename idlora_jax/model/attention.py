@@ -182,6 +182,7 @@ class Attention(nn.Module):
         """
         context = x if context is None else context
         seeing = x if blind_from is None else x[:, :blind_from]
+        bias = bias if bias is None else bias[:, : seeing.shape[1]]
         q, k = self.q_norm(self.q(seeing)), self.k_norm(self.k(context))
         if rope is not None:
             q = rotate(q, rope, self.rope)

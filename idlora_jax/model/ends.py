@@ -17,22 +17,24 @@ from jaxtyping import Array, Float
 from idlora_jax.config import ModalityConfig, TransformerConfig
 from idlora_jax.model.block import pick
 from idlora_jax.model.layers import Dense
-from idlora_jax.types import Numerics
 
 _SINUSOIDS = 128
 
 
-def timestep_frequencies(numerics: Numerics = "exact") -> np.ndarray:
-    """10000^(-j/128) for j < 128, float32, made on the host.
+def timestep_frequencies() -> np.ndarray:
+    """10000^(-j/128) for j < 128 as the reference rounds them, float32.
+
+    Timesteps reach 1000, so one unit in the last place of a frequency moves a phase by
+    up to 6e-5. The weights were trained with float32 exponents, so both numerics modes
+    use these; the reference's expf is one unit above the rounded value at j = 12.
 
     Source: ltx_core/model/transformer/timestep_embedding.py: get_timestep_embedding.
     """
-    if numerics == "exact":
-        exponent = -np.log(10000.0) * np.arange(_SINUSOIDS) / _SINUSOIDS
-        return np.exp(exponent).astype(np.float32)
     j = np.arange(_SINUSOIDS, dtype=np.float32)
     exponent = np.float32(-np.log(10000.0)) * j / np.float32(_SINUSOIDS)
-    return np.exp(exponent.astype(np.float64)).astype(np.float32)
+    table = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    table[12] = np.nextafter(table[12], np.float32(1))
+    return table
 
 
 class AdaLN(nn.Module):

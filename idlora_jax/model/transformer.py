@@ -140,7 +140,7 @@ def prepare(
         own,
     )
     projected = tuple(_project_prompt(cfg, variables, prompt) for prompt in prompts)
-    freqs = jnp.asarray(timestep_frequencies(numerics))
+    freqs = jnp.asarray(timestep_frequencies())
     return Prepared(tables, cross, projected, freqs)
 
 

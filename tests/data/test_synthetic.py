@@ -1,5 +1,6 @@
 """Speakers differ, clips repeat, mouths follow the sound."""
 
+import itertools
 import json
 import re
 
@@ -66,7 +67,7 @@ def test_another_clip_of_a_speaker_differs_but_is_the_same_person():
 @pytest.mark.parametrize("seed", [0, 7])
 def test_speakers_have_their_own_face_and_pitch(seed):
     people = [synthetic.speaker(seed, i) for i in range(4)]
-    for a, b in zip(people, people[1:], strict=False):
+    for a, b in itertools.pairwise(people):
         names = ("skin", "hair", "eyes", "shirt", "wall", "style", "extra")
         assert all(getattr(a.face, n) != getattr(b.face, n) for n in names)
     pitches = sorted(person.voice.pitch_hz for person in people)
@@ -138,12 +139,15 @@ def test_eyes_close_heads_move_and_the_wall_stays():
     np.testing.assert_array_equal(moved[:8, :8], still[:8, :8])
 
 
-def test_a_long_clip_blinks_and_sways():
-    clip = synthetic.clip(0, 1, 0, frames=120)
-    rows = clip.frames[:, 24:32].astype(int)
-    assert np.abs(rows - rows[:1]).mean(axis=(1, 2, 3)).max() > 4
-    face = synthetic.speaker(0, 1).face
-    assert faces.EYES[face.eyes] in faces.EYES.values()
+def test_clips_start_with_open_eyes_and_blink_and_sway_later():
+    rng = np.random.default_rng(0)
+    pose = synthetic._pose(rng, np.zeros(200, np.float32), 200, 25.0)
+    assert np.all(pose.blink[:5] == 0)
+    shut = np.flatnonzero(np.diff((pose.blink > 0.9).astype(int)) > 0)
+    assert 2 <= len(shut) <= 6
+    for track in (pose.x, pose.y, pose.roll):
+        assert 0.01 < np.ptp(track) < 0.12
+        assert np.abs(np.diff(track)).max() < 0.012
 
 
 def test_drawing_in_parts_changes_nothing(monkeypatch):
@@ -169,7 +173,7 @@ def test_the_words_spoken_are_the_syllables_heard():
     assert text.lower().replace(" ", "").rstrip(".") == spoken
     times = [(s.start_s, s.end_s) for s in syllables]
     assert all(a < b <= 2.0 for a, b in times)
-    assert all(a[1] <= b[0] for a, b in zip(times, times[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(times))
 
 
 def test_a_corpus_is_files_and_a_manifest(tmp_path):

@@ -1,0 +1,113 @@
+"""Pictures and sound <-> latents: the networks around the transformer, compiled.
+
+    image u8 [H W 3] --fit, video VAE--> first-frame latent [1 1 h w C]
+    wave f32 [2 N] --log-mel, audio VAE--> reference latents [1 T M C]
+    latents [B F H W C] --video VAE--> u8 [B F H W 3]
+    latents [B T M C] --audio VAE--> log-mel --vocoder--> wave f32 [B 2 N]
+
+Everything runs in float32, whatever the parameters are stored in: the vocoder is
+audibly worse in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from idlora_jax import images, mel
+from idlora_jax.config_codecs import AudioVAEConfig, VideoVAEConfig
+from idlora_jax.model import audio_vae, video_vae, vocoder
+from idlora_jax.types import AV, Tree, VideoGrid, each
+from idlora_jax.weights.networks import Networks
+
+_encode_video = jax.jit(video_vae.encode, static_argnums=0)
+_encode_audio = jax.jit(audio_vae.encode, static_argnums=0)
+_decode_video = jax.jit(video_vae.decode, static_argnums=0)
+_decode_audio = jax.jit(audio_vae.decode, static_argnums=0)
+_synthesize = jax.jit(vocoder.synthesize, static_argnums=0)
+
+
+def first_frame_pixels(
+    image: UInt8[np.ndarray, "H W 3"], grid: VideoGrid, fit: images.Fit = "crop"
+) -> Float32[np.ndarray, "1 1 h w 3"]:
+    """What the video VAE sees of the picture a clip starts from.
+
+    Source: ltx_pipelines/utils/helpers.py: image_conditionings_by_replacing_latent.
+    """
+    unit = image.astype(np.float32) / np.float32(255)
+    return images.fit_image(unit, grid.height, grid.width, fit)[None, None]
+
+
+def encode_first_frame(
+    cfg: VideoVAEConfig,
+    params: Tree,
+    image: UInt8[np.ndarray, "H W 3"],
+    grid: VideoGrid,
+    *,
+    fit: images.Fit = "crop",
+) -> Float[Array, "1 1 h w C"]:
+    """The latent frame a clip starts from.
+
+    Args:
+        cfg: the video VAE.
+        params: its parameters.
+        image: of any size.
+        grid: the clip.
+        fit: see `images.fit_image`.
+    """
+    pixels = first_frame_pixels(image, grid, fit)
+    return _encode_video(cfg, params, jnp.asarray(pixels))
+
+
+def reference_mel(
+    cfg: AudioVAEConfig, wave: Float[np.ndarray, "2 N"]
+) -> Float32[np.ndarray, "1 T M 2"]:
+    """What the audio VAE sees of a recording at `cfg.sample_rate`.
+
+    Raises:
+        ValueError: if it is shorter than half a window.
+    """
+    return mel.log_mel(
+        wave, rate=cfg.sample_rate, n_fft=cfg.n_fft, hop=cfg.hop, bins=cfg.mel_bins
+    )[None]
+
+
+def encode_reference(
+    cfg: AudioVAEConfig, params: Tree, wave: Float[np.ndarray, "2 N"]
+) -> Float[Array, "1 T M C"]:
+    """Audio latents of a recording at `cfg.sample_rate`.
+
+    Raises:
+        ValueError: if it is shorter than half a window.
+
+    Source: scripts/inference_one_stage.py: _encode_audio.
+    """
+    return _encode_audio(cfg, params, jnp.asarray(reference_mel(cfg, wave)))
+
+
+def decode(
+    nets: Networks, params: Mapping[str, Tree], latents: AV
+) -> tuple[UInt8[Array, "B F H W 3"] | None, Float32[Array, "B 2 N"] | None]:
+    """Pixels and sound of latents.
+
+    Args:
+        nets: what the networks are; the sound is at `nets.vocoder.sample_rate`.
+        params: by network: "video_vae", "audio_vae", "vocoder".
+        latents: `AV` of [B F H W C] and [B T M C], normalised; either may be None.
+
+    Source: ltx_core/model/video_vae/video_vae.py: decode_video;
+        ltx_core/model/audio_vae/audio_vae.py: decode_audio.
+    """
+    latents = each(lambda x: x.astype(jnp.float32), latents)
+    video = wave = None
+    if latents.video is not None:
+        pixels = _decode_video(nets.video_vae, params["video_vae"], latents.video)
+        video = video_vae.to_uint8(pixels)
+    if latents.audio is not None:
+        log_mel = _decode_audio(nets.audio_vae, params["audio_vae"], latents.audio)
+        wave = _synthesize(nets.vocoder, params["vocoder"], log_mel)
+    return video, wave

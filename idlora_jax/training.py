@@ -1,0 +1,259 @@
+"""One training step, the fixed evaluation, and the optimizer.
+
+    loss = mse(velocity of the video's unfixed tokens)
+         + audio_weight * mse(velocity of the audio's target tokens)
+
+is differentiated with respect to the adapter alone: the base is another argument, so
+that freezing needs no mask and no gradient of it exists. A step draws from
+`fold_in(key, step)` and reads the batch of that step, so the state after n steps is a
+function of the seed: stopping and resuming changes nothing.
+
+The model is two functions that `model.transformer` binds to a configuration:
+`apply(variables, prepared, streams, sigma, branches, targets=...)` gives velocities and
+`prepare(variables, streams, prompts)` gives rope tables and projected prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from idlora_jax import adapters, experiment, losses, schedules, strategies
+from idlora_jax.strategies import Batch, Draws, TrainInputs
+from idlora_jax.types import AV, Adapter, Numerics, Tree, each
+
+Apply = Callable[..., tuple[AV, ...]]
+Prepare = Callable[..., Any]
+Metrics = dict[str, Array]
+Evaluate = Callable[..., Metrics]
+Real = float | int
+
+
+class TrainState(NamedTuple):
+    """What training changes.
+
+    Attributes:
+        adapter: unscaled, float32.
+        opt_state: of the optimizer.
+        step: number of batches seen (updates times `accumulation`).
+    """
+
+    adapter: Adapter
+    opt_state: Any
+    step: Int[Array, ""]
+
+
+Step = Callable[..., tuple[TrainState, Metrics]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: the transformer's two functions and the training mode.
+
+    Attributes:
+        apply: see the module.
+        prepare: see the module.
+        spec: the training mode.
+        fps: of the clips.
+        scale: alpha / rank, folded into the adapter inside the loss.
+        dtype: of the computation; the loss is float32.
+        numerics: see `geometry.positions`; `prepare` has its own.
+    """
+
+    apply: Apply
+    prepare: Prepare
+    spec: experiment.Strategy
+    fps: Real = 25.0
+    scale: Real = 1.0
+    dtype: Any = jnp.float32
+    numerics: Numerics = "exact"
+
+
+def learning_rate(cfg: experiment.Optimizer, steps: int) -> optax.Schedule:
+    """The learning rate at each update."""
+    rate, end = cfg.learning_rate, cfg.end_factor
+    if cfg.schedule == "linear":
+        return schedules.linear_decay(rate, steps, end)
+    if cfg.schedule == "cosine":
+        return schedules.cosine(rate, steps, end_factor=end)
+    return schedules.constant(rate)
+
+
+def make_optimizer(
+    cfg: experiment.Optimizer, steps: int
+) -> optax.GradientTransformation:
+    """Clip by the global norm, AdamW, mean over `accumulation` batches.
+
+    Args:
+        cfg: the settings.
+        steps: updates over which the learning rate falls.
+
+    Source: ltx_trainer/trainer.py: _init_optimizer, _create_scheduler.
+    """
+    adamw = optax.adamw(
+        learning_rate(cfg, steps),
+        b1=cfg.betas[0],
+        b2=cfg.betas[1],
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+    )
+    if cfg.clip is not None:
+        adamw = optax.chain(optax.clip_by_global_norm(cfg.clip), adamw)
+    if cfg.accumulation == 1:
+        return adamw
+    return optax.MultiSteps(adamw, cfg.accumulation).gradient_transformation()
+
+
+def init(adapter: Adapter, base: Tree, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step.
+
+    Raises:
+        ValueError: if the adapter does not fit the base; the forward pass would ignore
+            what it does not know.
+    """
+    adapters.check(adapter, base)
+    return TrainState(adapter, tx.init(adapter), jnp.zeros((), jnp.int32))  # pyright: ignore
+
+
+def _cast(inputs: TrainInputs, dtype: Any) -> TrainInputs:
+    """Tokens and prompts in the dtype of the computation."""
+    tokens = each(lambda s: s._replace(x=s.x.astype(dtype)), inputs.streams)
+    text = inputs.prompt
+    text = text._replace(**each(lambda t: t.astype(dtype), AV(*text[:2]))._asdict())
+    return inputs._replace(streams=tokens, prompt=text)
+
+
+def predict(
+    task: Task, base: Tree, adapter: Adapter, inputs: TrainInputs, tables: Any = None
+) -> AV:
+    """Velocities of all tokens, AV of [B T C].
+
+    Args:
+        task: what is trained.
+        base: its parameters.
+        adapter: unscaled.
+        inputs: from `strategies.prepare`.
+        tables: `prepare(variables, streams, ())` of the same positions, where known.
+    """
+    variables = {"params": base, "lora": adapters.scale(adapter, task.scale)}
+    inputs = _cast(inputs, task.dtype)
+    if tables is None:
+        # Positions are constants; without the barrier XLA makes the tables of all
+        # tokens at compile time.
+        pos = jax.lax.optimization_barrier(each(lambda s: s.pos, inputs.streams))
+        at = each(lambda s, p: s._replace(pos=p), inputs.streams, pos)
+        tables = task.prepare(variables, at, ())
+    text = task.prepare(variables, AV(None, None), (inputs.prompt,))
+    return task.apply(
+        variables,
+        tables._replace(prompts=text.prompts),
+        inputs.streams,
+        inputs.sigma,
+        (strategies.branch(task.spec),),
+        targets=strategies.targets(inputs),
+    )[0]
+
+
+def loss(
+    task: Task, base: Tree, adapter: Adapter, inputs: TrainInputs, tables: Any = None
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss and its two parts, in float32; see `predict` for the arguments.
+
+    Source: ltx_trainer/training_strategies/audio_ref_only_ic.py: compute_loss.
+    """
+    pred = predict(task, base, adapter, inputs, tables)
+    parts = each(
+        lambda p, v, mask: losses.masked_mse(p[:, : v.shape[1]], v, mask),
+        pred,
+        inputs.velocity,
+        inputs.mask,
+    )
+    audio = jnp.zeros(()) if parts.audio is None else parts.audio
+    total = parts.video + task.spec.audio_weight * audio
+    return total, {"loss": total, "video_loss": parts.video, "audio_loss": audio}
+
+
+def _inputs(task: Task, draws: Draws, batch: Batch) -> TrainInputs:
+    spec, fps = task.spec, task.fps
+    return strategies.prepare(draws, batch, spec, fps=fps, numerics=task.numerics)
+
+
+def _if(ok: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+
+
+def make_train_step(
+    task: Task, tx: optax.GradientTransformation, key: PRNGKeyArray
+) -> Step:
+    """Build the jitted `step(state, base, batch, draws=None, tables=None)`.
+
+    It returns the next state (the given one is donated) and float32 metrics: loss,
+    video_loss, audio_loss, grad_norm (before clipping) and skipped, which is 1 where
+    the loss or a gradient was not finite. Such a step counts but changes nothing else.
+
+    Args:
+        task: what is trained.
+        tx: from `make_optimizer`.
+        key: the run's key; the step draws from `fold_in(key, state.step)` where no
+            `draws` are given.
+    """
+
+    def step(
+        state: TrainState,
+        base: Tree,
+        batch: Batch,
+        draws: Draws | None = None,
+        tables: Any = None,
+    ) -> tuple[TrainState, Metrics]:
+        if draws is None:
+            at = jax.random.fold_in(key, state.step)
+            draws = strategies.draw(at, batch, task.spec)
+        inputs = _inputs(task, draws, batch)
+
+        def of(adapter: Adapter) -> tuple[Array, Metrics]:
+            return loss(task, base, adapter, inputs, tables)
+
+        grads, metrics = jax.grad(of, has_aux=True)(state.adapter)
+        norm = optax.global_norm(grads)
+        ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        old: Any = state.adapter
+        updates, opt_state = tx.update(grads, state.opt_state, old)
+        adapter = optax.apply_updates(old, updates)
+        new = _if(ok, (adapter, opt_state), (state.adapter, state.opt_state))
+        extra = {"grad_norm": norm, "skipped": 1.0 - ok.astype(jnp.float32)}
+        return TrainState(*new, state.step + 1), metrics | extra
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_evaluate(task: Task) -> Evaluate:
+    """Build the jitted `evaluate(adapter, base, batch, sigmas, noise) -> metrics`.
+
+    The losses are means over the given noise levels [n], with the same noise (AV of
+    [B T C]) at each; the first frame is given where training gives it mostly.
+    """
+
+    def evaluate(
+        adapter: Adapter,
+        base: Tree,
+        batch: Batch,
+        sigmas: Float[Array, " n"],
+        noise: AV,
+    ) -> Metrics:
+        size = batch.video.shape[0]
+        first = jnp.full(size, task.spec.first_frame_p >= 0.5)
+
+        def at(level: Array) -> Metrics:
+            sigma = each(lambda _: jnp.broadcast_to(level, (size,)), noise)
+            inputs = _inputs(task, Draws(first, sigma, noise), batch)
+            return loss(task, base, adapter, inputs)[1]
+
+        return jax.tree.map(jnp.mean, jax.lax.map(at, sigmas))
+
+    return jax.jit(evaluate)

@@ -1,0 +1,230 @@
+"""Where each parameter of a network lies in a file, before anything is read.
+
+A `Leaf` knows the shape of one parameter and hands out its pieces: the layers of a
+stack one by one, in our axis order, or the whole of anything else. Reading, converting
+and exporting all consume leaves, so memory holds one piece beside what is being made.
+
+`from_original` and `from_converted` find the leaves a network needs, given its
+parameters' shapes, and refuse a file that lacks some, has others, or other shapes: all
+offenders in one message, by the names the file uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from idlora_jax.types import Tree
+from idlora_jax.weights import rules
+from idlora_jax.weights.rules import Rule
+from idlora_jax.weights.tensorfile import Entry, Spec, Tensors
+
+SHOWN = 12
+Shape = tuple[int, ...]
+
+
+class Source(NamedTuple):
+    """A parameter in the file's terms: our shape, its keys in layer order, the rule."""
+
+    shape: Shape
+    keys: tuple[str, ...]
+    rule: Rule
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the keys are layers."""
+        return "{L}" in self.rule.torch
+
+    @property
+    def order(self) -> Shape:
+        """The permutation from the file's axes to ours."""
+        return rules.to_ours(self.rule.layout, len(self.shape) - self.stacked)
+
+    @property
+    def torch_shape(self) -> Shape:
+        """The shape of one key's tensor in the file."""
+        piece = self.shape[1:] if self.stacked else self.shape
+        return tuple(piece[axis] for axis in np.argsort(self.order))
+
+
+class Leaf(NamedTuple):
+    """One parameter: shape and stored dtype, and its pieces by number."""
+
+    spec: Spec
+    count: int
+    piece: Callable[[int], np.ndarray]
+
+
+class Where(NamedTuple):
+    """For errors: the file and network, and what to do about a mismatch."""
+
+    what: str
+    todo: str
+
+
+def kept_dtype(path: str, stored: np.dtype, wanted: Any | None) -> np.dtype:
+    """The dtype of a parameter when `wanted` is asked for (None: as stored).
+
+    Scale and shift tables that a file holds in float32 stay so.
+    """
+    if wanted is None or (path.endswith("table") and stored == np.float32):
+        return stored
+    return np.dtype(wanted)
+
+
+def read(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
+    """The whole parameter; holds one piece beside the result."""
+    out = np.empty(leaf.spec.shape, dtype)
+    flat, start = out.reshape(-1), 0
+    for index in range(leaf.count):
+        piece = leaf.piece(index)
+        flat[start : start + piece.size].reshape(piece.shape)[...] = piece
+        start += piece.size
+    return out
+
+
+def sources(name: str, shapes: Tree, table: Iterable[Rule]) -> dict[str, Source]:
+    """The keys of each parameter in a file of original names, by path.
+
+    Args:
+        name: of the network.
+        shapes: its tree of things with a shape.
+        table: its rules.
+
+    Raises:
+        KeyMismatchError: if a parameter fits no rule or several.
+    """
+    match = rules.matcher(tuple(table), "flax")
+    out: dict[str, Source] = {}
+    for path, like in rules.flatten(shapes).items():
+        shape = tuple(like.shape)
+        named = rules.keys_of(f"{name}/{path}", shape[0] if shape else 0, match)
+        out[path] = Source(shape, tuple(key for key, _ in named), named[0][1])
+    return out
+
+
+def _compare(
+    got: Mapping[str, Shape], expected: Mapping[str, Shape], where: Where
+) -> None:
+    missing = [f"missing: {k} {list(s)}" for k, s in expected.items() if k not in got]
+    foreign = [f"unexpected: {k}" for k in got if k not in expected]
+    wrong = [
+        f"wrong shape: {k}: got {list(got[k])}, expected {list(s)}"
+        for k, s in expected.items()
+        if k in got and got[k] != s
+    ]
+    lines = missing + wrong + foreign
+    if not lines:
+        return
+    todo = where.todo
+    if any(line.endswith("weight_scale") for line in foreign):
+        todo = "this is an fp8 checkpoint, which is not read yet; use the bf16 one"
+    more = f"\n  ... and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    listing = "".join(f"\n  {line}" for line in lines[:SHOWN]) + more
+    raise ValueError(
+        f"{where.what}: got {len(got)} tensors, expected {len(expected)}; "
+        f"{len(missing)} missing, {len(wrong)} of a wrong shape, {len(foreign)} "
+        f"unexpected:{listing}\n{todo}"
+    )
+
+
+def from_original(
+    tensors: Tensors, keys: Iterable[str], needed: Mapping[str, Source], where: Where
+) -> dict[str, Leaf]:
+    """Leaves of a network in a file of original key names.
+
+    Args:
+        tensors: the open file.
+        keys: those of its keys that belong to the network.
+        needed: from `sources`.
+        where: for the error.
+
+    Raises:
+        ValueError: listing missing keys, wrong shapes and unexpected keys.
+    """
+    expected = {key: s.torch_shape for s in needed.values() for key in s.keys}
+    _compare({key: tensors.specs[key].shape for key in keys}, expected, where)
+
+    def leaf(source: Source) -> Leaf:
+        stored = [tensors.specs[key].dtype for key in source.keys]
+        widest = max(stored, key=lambda dtype: dtype.itemsize)
+
+        def piece(index: int) -> np.ndarray:
+            return tensors.tensor(source.keys[index]).transpose(source.order)
+
+        return Leaf(Spec(source.shape, widest), len(source.keys), piece)
+
+    return {path: leaf(source) for path, source in needed.items()}
+
+
+def from_converted(
+    tensors: Tensors, needed: Mapping[str, Source], where: Where
+) -> dict[str, Leaf]:
+    """Leaves of a network in a converted file, whose names are our paths.
+
+    Args:
+        tensors: the open file.
+        needed: from `sources`.
+        where: for the error.
+
+    Raises:
+        ValueError: listing missing paths, wrong shapes and unexpected paths.
+    """
+    got = {path: spec.shape for path, spec in tensors.specs.items()}
+    _compare(got, {path: source.shape for path, source in needed.items()}, where)
+
+    def leaf(path: str, source: Source) -> Leaf:
+        def piece(index: int) -> np.ndarray:
+            stacked = source.stacked
+            return tensors.layer(path, index) if stacked else tensors.tensor(path)
+
+        return Leaf(tensors.specs[path], len(source.keys), piece)
+
+    return {path: leaf(path, source) for path, source in needed.items()}
+
+
+def from_arrays(tree: Tree, needed: Mapping[str, Source]) -> dict[str, Leaf]:
+    """Leaves of a network's parameters in memory."""
+
+    def leaf(array: np.ndarray, source: Source) -> Leaf:
+        def piece(index: int) -> np.ndarray:
+            return array[index] if source.stacked else array
+
+        return Leaf(Spec(array.shape, array.dtype), len(source.keys), piece)
+
+    flat = rules.flatten(tree)
+    return {path: leaf(np.asarray(flat[path]), s) for path, s in needed.items()}
+
+
+def original_entries(
+    leaves: Mapping[str, Leaf], needed: Mapping[str, Source]
+) -> list[Entry]:
+    """The tensors under original names that leaves stand for, to be written."""
+
+    def entry(leaf: Leaf, source: Source, index: int) -> Entry:
+        spec = Spec(source.torch_shape, leaf.spec.dtype)
+        back = np.argsort(source.order)
+        return Entry(
+            source.keys[index], spec, lambda: (leaf.piece(index).transpose(back),)
+        )
+
+    return [
+        entry(leaves[path], source, index)
+        for path, source in needed.items()
+        for index in range(len(source.keys))
+    ]
+
+
+def our_entries(leaves: Mapping[str, Leaf], dtype: Any | None) -> list[Entry]:
+    """The stacked tensors under our paths that leaves stand for, to be written."""
+
+    def entry(path: str, leaf: Leaf) -> Entry:
+        target = kept_dtype(path, leaf.spec.dtype, dtype)
+        pieces = lambda: (
+            leaf.piece(n).astype(target, copy=False) for n in range(leaf.count)
+        )
+        return Entry(path, Spec(leaf.spec.shape, target), pieces)
+
+    return [entry(path, leaf) for path, leaf in leaves.items()]
