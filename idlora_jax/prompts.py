@@ -83,8 +83,8 @@ def features(
         texts: B of them.
 
     Returns:
-        AV of [B S D] (one array twice in generation 2.0), padded on the left, in the
-        dtype of the parameters; and the mask, True for tokens.
+        AV of [B S D] (equal ones in generation 2.0), padded on the left, in the dtype
+        of the parameters; and the mask, True for tokens.
 
     Raises:
         ValueError: without texts or without a text encoder, or if S is not a multiple

@@ -137,7 +137,7 @@ def tiny_config(generation: Generation = "2.0") -> dict[str, Any]:
 
 
 def gemma_config() -> dict[str, Any]:
-    """The config.json of the tiny text encoder, in the spelling of the published one."""
+    """The config.json of the tiny text encoder, spelled as the published one."""
     text = {
         "model_type": "gemma3_text",
         "vocab_size": VOCABULARY,
@@ -163,17 +163,19 @@ def gemma_config() -> dict[str, Any]:
     return {"architectures": [kind], "model_type": "gemma3", "text_config": text}
 
 
-_GAINS = (
-    # Speech is around -6 in log-mel; each stage puts zeros between its samples.
-    ("vocoder/conv_in/", 0.2),
-    *((f"vocoder/up_{n}/", r**0.5) for n, r in enumerate(_VOCODER["upsample_rates"])),
-    ("vocoder/conv_out/", 0.1),
-    ("video_vae/decoder/conv_out/", 0.5),
-)
-
-
-def _gain(path: str) -> float:
-    return next((gain for start, gain in _GAINS if path.startswith(start)), 1.0)
+# Log-mel values of speech lie around -6, a few units apart; a vocoder stage puts zeros
+# between its samples.
+_GAINS = {
+    "audio_vae/decoder/conv_out/kernel": 3.0,
+    "video_vae/decoder/conv_out/kernel": 0.5,
+    "vocoder/conv_in/kernel": 0.2,
+    "vocoder/conv_out/kernel": 1.0,
+    **{
+        f"vocoder/up_{n}/kernel": r**0.5
+        for n, r in enumerate(_VOCODER["upsample_rates"])
+    },
+}
+_OFFSETS = {"audio_vae/decoder/conv_out/bias": -6.0}
 
 
 def _random(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -183,15 +185,15 @@ def _random(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.n
     if leaf == "kernel":
         codec = path.startswith(("video_vae", "audio_vae", "vocoder"))
         fan_in = math.prod(shape[:-1]) if codec else shape[-2]
-        return _gain(path) * fan_in**-0.5 * noise
+        return _GAINS.get(path, 1.0) * fan_in**-0.5 * noise
     if leaf == "scale":
         around = 0.0 if path.startswith("text_encoder") else 1.0
         return around + 0.1 * noise
-    if leaf.endswith("table"):
+    if leaf.endswith("table") or leaf == "embedding":
         return shape[-1] ** -0.5 * noise
-    if leaf in ("embedding", "registers"):
-        return shape[-1] ** -0.5 * noise if leaf == "embedding" else noise
-    return 0.02 * noise
+    if leaf == "registers":
+        return noise
+    return _OFFSETS.get(path, 0.0) + 0.02 * noise
 
 
 def random_params(name: str, shapes: Tree, seed: int) -> Tree:

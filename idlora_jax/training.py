@@ -220,7 +220,7 @@ def make_train_step(
             return loss(task, base, adapter, inputs, tables)
 
         grads, metrics = jax.grad(of, has_aux=True)(state.adapter)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         old: Any = state.adapter
         updates, opt_state = tx.update(grads, state.opt_state, old)

@@ -5,5 +5,14 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """(checkpoint file, text encoder folder) of the tiny model, written once."""
+    from idlora_jax import tiny
+
+    return tiny.write(tmp_path_factory.mktemp("tiny"))

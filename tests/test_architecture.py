@@ -18,7 +18,7 @@ LEVELS = (
     "streams",
     "denoise strategies model.*",
     "training weights.* checkpoints",
-    "prompts plans pipeline data.*",
+    "prompts plans codecs pipeline data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""

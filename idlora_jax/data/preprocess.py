@@ -284,8 +284,12 @@ def encode_group(
             yield _encode_clip(options, encoders, clip, good, group)
 
 
-def run(options: Options) -> tuple[Outcome, ...]:
+def run(options: Options, encoders: Encoders | None = None) -> tuple[Outcome, ...]:
     """Encode every clip of the manifest that can be encoded.
+
+    Args:
+        options: what to encode, how, and where to.
+        encoders: from `load`; read here if None.
 
     Returns:
         What became of each clip.
@@ -295,7 +299,7 @@ def run(options: Options) -> tuple[Outcome, ...]:
         OSError: if a file cannot be written.
     """
     clips = manifest.read(options.manifest)
-    encoders = load(options)
+    encoders = load(options) if encoders is None else encoders
     outcomes = []
     with tqdm(total=len(clips), unit="clip", desc="encode", disable=None) as bar:
         for group in manifest.by_speaker(clips).values():

@@ -78,7 +78,10 @@ def _tables(
     bf16 = pos.dtype == jnp.bfloat16
     pos = pos.astype(jnp.float32).at[:, 0].add(offset)
     middle = _rounded((pos[..., 0] + pos[..., 1]), bf16) / 2 if pos.ndim == 4 else pos
-    fraction = _rounded(middle / max_pos[None, :, None], bf16)
+    # XLA turns division by a scalar into multiplication by its reciprocal, which
+    # moves the phases by up to 2e-3; behind the barrier it sees an array and divides.
+    extents = jnp.broadcast_to(max_pos[None, :, None], middle.shape)
+    fraction = _rounded(middle / jax.lax.optimization_barrier(extents), bf16)
     centred = _rounded(_rounded(fraction * 2, bf16) - 1, bf16)
     angle = jnp.swapaxes(centred, 1, 2)[:, :, None, :] * freqs[None, None, :, None]
     angle = angle.reshape(*angle.shape[:2], -1)
@@ -123,9 +126,7 @@ def tables(
         )
     count = width // (2 * len(max_pos))
     freqs = frequencies(theta, count, float64=float64, numerics=numerics)
-    # The extents are an argument: as constants XLA would multiply by 1 / max_pos.
     extents = jnp.asarray(np.asarray(max_pos, np.float32))
-    extents = jax.lax.optimization_barrier(extents)
     offset = jnp.asarray(offset_s, jnp.float32)
     return _tables(pos, jnp.asarray(freqs), extents, offset, width, heads)
 

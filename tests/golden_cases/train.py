@@ -71,7 +71,7 @@ class Setup:
             clip=p["max_grad_norm"],
         )
         self.task = training.Task(
-            transformer.bind(self.cfg),
+            transformer.bind(self.cfg, remat="none"),
             functools.partial(transformer.prepare, self.cfg),
             spec,
             fps=p["fps"],

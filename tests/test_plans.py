@@ -1,0 +1,112 @@
+"""Pipelines as data: what is on, with which weight, at which noise levels."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from idlora_jax import guidance, plans, schedules
+from idlora_jax.plans import Plan, Sigmas, Stage
+from idlora_jax.types import AudioGrid, Layout, Skip, VideoGrid
+
+LAYOUT = Layout(VideoGrid(17, 64, 96, 25.0), AudioGrid(17))
+OFF = {"video_cfg": 1, "audio_cfg": 1, "identity": 0, "stg": 0, "bimodal": 1}
+
+
+def stage(**options) -> Stage:
+    (only,) = plans.one_stage(**options).stages
+    return only
+
+
+def names(s: Stage) -> list[str]:
+    return [term.name for term in s.terms]
+
+
+def test_one_stage_has_the_published_weights():
+    s = stage()
+    assert names(s) == ["text", "identity", "stg", "bimodal"]
+    want = [(2, 6), (0, 3), (1, 1), (2, 2)]
+    np.testing.assert_array_equal(s.weights(30), np.broadcast_to(want, (30, 4, 2)))
+
+
+def test_one_stage_takes_thirty_euler_steps_of_the_default_schedule():
+    s = stage()
+    assert s.solver == "euler"
+    for numerics in ("exact", "reference"):
+        want = schedules.ltx2(30, tokens=4096, numerics=numerics)
+        np.testing.assert_array_equal(s.sigmas.table(LAYOUT, numerics), want)
+
+
+def test_stg_skips_self_attention_of_one_layer():
+    term = stage(stg_layer=3).terms[2]
+    assert (term.layers, term.skip) == ((3,), Skip(video_self=True, audio_self=True))
+
+
+@pytest.mark.parametrize(
+    ("scale", "name"),
+    [("identity", "identity"), ("stg", "stg"), ("bimodal", "bimodal")],
+)
+def test_a_scale_that_does_nothing_makes_its_term_absent(scale: str, name: str):
+    rest = [n for n in names(stage()) if n != name]
+    assert names(stage(**{scale: OFF[scale]})) == rest
+
+
+def test_text_guidance_is_absent_only_if_off_for_both_modalities():
+    assert "text" in names(stage(video_cfg=1))
+    assert "text" in names(stage(audio_cfg=1))
+    assert "text" not in names(stage(video_cfg=1, audio_cfg=1))
+
+
+def test_with_everything_off_one_pass_is_left():
+    s = stage(**OFF)
+    assert s.terms == ()
+    assert s.weights(4).shape == (4, 0, 2)
+    assert len(guidance.branches(s.terms, 48)) == 1
+
+
+def test_without_a_reference_the_identity_term_is_absent():
+    s = plans.without_reference(stage())
+    assert names(s) == ["text", "stg", "bimodal"]
+    assert s == dataclasses.replace(stage(identity=0))
+
+
+def test_scales_are_no_part_of_a_term():
+    """Terms key compiled stages, scales must not."""
+    assert stage(audio_cfg=5, stg=2).terms == stage().terms
+
+
+def test_adapters_keep_their_order_and_strength():
+    assert stage(adapters={"b": 0.5, "a": 1}).adapters == (("b", 0.5), ("a", 1))
+
+
+def test_plans_are_hashable_and_equal_by_value():
+    assert hash(plans.one_stage()) == hash(plans.one_stage())
+    assert plans.one_stage() == Plan((stage(),))
+
+
+@pytest.mark.parametrize("name", plans.RECIPES)
+def test_every_recipe_falls_from_one_to_zero(name: str):
+    table = Sigmas(name, steps=10).table(LAYOUT)
+    assert table[-1] == 0
+    assert np.all(np.diff(table) < 0)
+
+
+def test_tokens_may_be_counted_from_the_clip():
+    table = Sigmas(steps=5, tokens=None).table(LAYOUT)
+    np.testing.assert_array_equal(table, schedules.ltx2(5, tokens=3 * 2 * 3))
+    with pytest.raises(ValueError, match="there is no video; give a number"):
+        Sigmas(tokens=None).table(Layout(None, AudioGrid(4)))
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="schedule 'cosine' is unknown, use one of"):
+        Sigmas("cosine")
+    with pytest.raises(ValueError, match="solver 'heun' is unknown, use one of"):
+        Stage("a", solver="heun")
+
+
+def test_every_term_needs_its_scale():
+    with pytest.raises(ValueError, match="stage 'a' has 1 terms and 0 scales"):
+        Stage("a", terms=(guidance.text_cfg(),))
