@@ -13,6 +13,7 @@ from idlora_jax import geometry, streams
 from idlora_jax.config import TransformerConfig, transformer_config
 from idlora_jax.model import transformer
 from idlora_jax.types import AV, AudioGrid, Prompt, Tree
+from idlora_jax.weights.networks import Networks
 
 LAYERS = 2
 COMMON: dict[str, Any] = {
@@ -96,3 +97,18 @@ def close(got: AV, want: AV, rtol: float = 1e-5) -> None:
         if a is not None:
             atol = rtol * float(np.abs(b).max())
             np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+def networks(generation: str) -> Networks:
+    """Networks of which only the transformer is known."""
+    unknown: Any = None
+    return Networks(
+        transformer=config(generation),
+        text_connector=unknown,
+        video_vae=unknown,
+        audio_vae=unknown,
+        vocoder=unknown,
+        text_encoder=None,
+        generation="2.0" if generation == "2.0" else "2.3",
+        base_hash="",
+    )

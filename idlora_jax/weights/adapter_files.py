@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from idlora_jax import adapters, checkpoints
 from idlora_jax.checkpoints import AdapterMeta
@@ -34,11 +33,11 @@ class Report(NamedTuple):
         return "{} keys matched, {} unmatched, {} of a wrong shape".format(*counts)
 
 
-def compare(tensors: Mapping[str, np.ndarray], base: Tree) -> Report:
+def compare(tensors: Mapping[str, Any], base: Tree) -> Report:
     """Sort an adapter's keys by what the base has for them.
 
     Args:
-        tensors: the file's tensors by key.
+        tensors: the file's tensors by key, or their shapes.
         base: transformer parameters, or their shapes.
     """
     match = rules.matcher(lora.LORA, "torch")

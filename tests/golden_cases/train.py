@@ -5,11 +5,13 @@ facts of the `Branch` here, so they are written out again from what the step was
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from goldens import Golden
 
 from golden_cases import case
@@ -54,45 +56,51 @@ def draws_of(golden: Golden, step: int) -> strategies.Draws:
     return strategies.Draws(jnp.full(len(sigma), given), AV(sigma, sigma), noise)
 
 
-class Setup:
+def remembering() -> optax.GradientTransformation:
+    """Pass gradients on and keep them as state: what reached the optimizer."""
+    return optax.GradientTransformation(
+        lambda params: params, lambda grads, old, params=None: (grads, grads)
+    )
+
+
+class Run(NamedTuple):
     """The compiled functions of one file: both numerics modes share their trace."""
 
-    def __init__(self, golden: Golden) -> None:
-        p = golden.params
-        self.cfg, base = load(golden)
-        self.base = jax.tree.map(jnp.asarray, base)
-        spec = spec_of(golden)
-        settings = experiment.Optimizer(
-            learning_rate=p["lr"],
-            schedule="constant",
-            betas=tuple(p["betas"]),
-            eps=p["eps"],
-            weight_decay=p["weight_decay"],
-            clip=p["max_grad_norm"],
-        )
-        self.task = training.Task(
-            transformer.bind(self.cfg, remat="none"),
-            functools.partial(transformer.prepare, self.cfg),
-            spec,
-            fps=p["fps"],
-            scale=p["alpha"] / p["rank"],
-        )
-        self.tx = training.make_optimizer(settings, 10)
-        self.step = training.make_train_step(self.task, self.tx, jax.random.key(0))
-        # Named `step0.pred_*`, and gradients, which the step keeps for itself.
-        self.predict = jax.jit(functools.partial(training.predict, self.task))
-        self.grad = jax.jit(jax.grad(self._loss))
-        self.adapter = jax.tree.map(
-            jnp.asarray, lora.import_(golden.sub("lora"), base)
-        )
-
-    def _loss(self, adapter: Any, inputs: Any, tables: Any) -> Any:
-        return training.loss(self.task, self.base, adapter, inputs, tables)[0]
+    cfg: Any
+    base: Any
+    adapter: Any
+    task: training.Task
+    tx: Any
+    step: Any
+    predict: Any
 
 
-@functools.lru_cache(maxsize=1)
-def _setup(name: str) -> list[Setup]:
-    return []
+@functools.lru_cache(maxsize=8)
+def run_of(name: str) -> Run:
+    golden = goldens.load(goldens.FOLDER / f"{name}.safetensors")
+    p = golden.params
+    cfg, base = load(golden)
+    settings = experiment.Optimizer(
+        learning_rate=p["lr"],
+        schedule="constant",
+        betas=tuple(p["betas"]),
+        eps=p["eps"],
+        weight_decay=p["weight_decay"],
+        clip=p["max_grad_norm"],
+    )
+    task = training.Task(
+        transformer.bind(cfg, remat="none"),
+        functools.partial(transformer.prepare, cfg),
+        spec_of(golden),
+        fps=p["fps"],
+        scale=p["alpha"] / p["rank"],
+    )
+    tx = optax.chain(remembering(), training.make_optimizer(settings, 10))
+    step = training.make_train_step(task, tx, jax.random.key(0))
+    predict = jax.jit(functools.partial(training.predict, task))
+    adapter = lora.import_(golden.sub("lora"), base)
+    base, adapter = jax.tree.map(jnp.asarray, (base, adapter))
+    return Run(cfg, base, adapter, task, tx, step, predict)
 
 
 def reference_first(x: Any, targets: int, axis: int = 1) -> np.ndarray:
@@ -106,7 +114,9 @@ def recorded_inputs(
     n = strategies.targets(inputs)
     out: dict[str, Any] = {}
     for name in AV._fields:
-        s, sigma, count = (getattr(av, name) for av in (inputs.streams, inputs.sigma, n))
+        s, sigma, count = (
+            getattr(av, name) for av in (inputs.streams, inputs.sigma, n)
+        )
         out[f"{name}.latent"] = reference_first(s.x, count)
         out[f"{name}.positions"] = reference_first(s.pos, count, 2)
         out[f"{name}.timesteps"] = reference_first(s.denoise * sigma[:, None], count)
@@ -132,17 +142,12 @@ def recorded_inputs(
 
 @case("train_step_masked", "train_step_plain")
 def train_step(golden: Golden, numerics: str) -> dict[str, Any]:
-    kept = _setup(golden.name)
-    if not kept:
-        kept.append(Setup(golden))
-    (run,) = kept
-    spec, out = run.task.spec, {}
+    run, out = run_of(golden.name), {}
+    spec, fps = run.task.spec, run.task.fps
     state = training.init(jax.tree.map(jnp.copy, run.adapter), run.base, run.tx)
     for i in range(len(golden.params["first_frame_draws"])):
         batch, draws = batch_of(golden, i), draws_of(golden, i)
-        inputs = strategies.prepare(
-            draws, batch, spec, fps=run.task.fps, numerics=numerics
-        )
+        inputs = strategies.prepare(draws, batch, spec, fps=fps, numerics=numerics)
         tables = transformer.prepare(run.cfg, {}, inputs.streams, (), numerics=numerics)
         if i == 0:
             seen = recorded_inputs(golden, inputs, strategies.branch(spec))
@@ -151,12 +156,11 @@ def train_step(golden: Golden, numerics: str) -> dict[str, Any]:
             count = strategies.targets(inputs).audio
             out["step0.pred_video"] = pred.video
             out["step0.pred_audio"] = reference_first(pred.audio, count)
-            grads = lora.export(run.grad(state.adapter, inputs, tables))
-            out |= {f"grad.{key}": value for key, value in grads.items()}
         state, metrics = run.step(state, run.base, batch, draws, tables)
         for name in ("loss", "video_loss", "audio_loss", "grad_norm"):
             out[f"step{i}.{name}"] = metrics[name]
         if i == 0:
-            after = lora.export(state.adapter)
-            out |= {f"after1.{key}": value for key, value in after.items()}
+            for name, tree in (("grad", state.opt_state[0]), ("after1", state.adapter)):
+                tensors = lora.export(tree).items()
+                out |= {f"{name}.{key}": value for key, value in tensors}
     return out | {f"after.{k}": v for k, v in lora.export(state.adapter).items()}
