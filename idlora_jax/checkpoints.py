@@ -15,6 +15,7 @@ import pathlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -142,3 +143,84 @@ def load_adapter(
     known.setdefault("rank", adapters.rank(adapter))
     known["content_hash"] = file_hash(path)
     return adapter, AdapterMeta(**known)
+
+
+def _manager(folder: str | os.PathLike[str], keep: int | None = None) -> Any:
+    import orbax.checkpoint as ocp  # seconds to import, and only training needs it
+
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=keep is not None, enable_async_checkpointing=False
+    )
+    return ocp.CheckpointManager(pathlib.Path(folder).resolve(), options=options)
+
+
+def latest(folder: str | os.PathLike[str]) -> int | None:
+    """The newest step saved in a folder, or None."""
+    if not pathlib.Path(folder).is_dir():
+        return None
+    with _manager(folder) as manager:
+        return manager.latest_step()
+
+
+def save_state(
+    folder: str | os.PathLike[str],
+    step: int,
+    state: Any,
+    meta: dict[str, Any],
+    *,
+    keep: int,
+) -> None:
+    """Write a training state; older ones beyond `keep` are removed afterwards.
+
+    Args:
+        folder: of the states, one folder a step.
+        step: its number; a step that is there already is left alone.
+        state: any tree of arrays.
+        meta: anything JSON, for `restore_state` to return.
+        keep: how many states stay.
+
+    Raises:
+        OSError: if it cannot be written; the older states stay.
+    """
+    import orbax.checkpoint as ocp
+
+    with _manager(folder, keep) as manager:
+        if step not in manager.all_steps():
+            items = {"state": ocp.args.StandardSave(state)}
+            manager.save(
+                step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
+            )
+
+
+def state_meta(folder: str | os.PathLike[str], step: int) -> dict[str, Any]:
+    """The metadata saved with a state."""
+    import orbax.checkpoint as ocp
+
+    with _manager(folder) as manager:
+        wanted = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return manager.restore(step, args=wanted)["meta"]
+
+
+def restore_state(folder: str | os.PathLike[str], step: int, like: Any) -> Any:
+    """Read a training state.
+
+    Args:
+        folder: as given to `save_state`.
+        step: which one (`latest`).
+        like: a tree of arrays (or shapes) of the same structure.
+
+    Raises:
+        ValueError: if it is damaged, or its shapes are not those of `like`.
+    """
+    import orbax.checkpoint as ocp
+
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    wanted = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+    try:
+        with _manager(folder) as manager:
+            return manager.restore(step, args=wanted)["state"]
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(
+            f"{folder}/{step}: this training state is damaged or of another adapter "
+            f"({str(error).splitlines()[0]}); delete it to resume from an older one"
+        ) from None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Generation = Literal["2.0", "2.3"]
+BlindGradient = Literal["softmax", "fused"]
 Json = Mapping[str, Any]
 
 AUDIO_TARGETS = (
@@ -47,6 +48,8 @@ class TransformerConfig:
     Two fields are behaviour that no weight shape reveals: `cross_sigma` (whose timestep
     modulates audio-video attention: the modality's own tokens, or the other's sigma)
     and `skipped_self_attention` (drop the residual, or pass the values through).
+    `blind_gradient` is how rows that see no text are differentiated in training:
+    "softmax", or S times that as fused attention kernels do (`attention.blind`).
     """
 
     layers: int
@@ -65,6 +68,7 @@ class TransformerConfig:
     norm_eps: float
     cross_sigma: Literal["own", "other"]
     skipped_self_attention: Literal["drop", "values"]
+    blind_gradient: BlindGradient = "softmax"
 
     @property
     def generation(self) -> Generation:

@@ -11,11 +11,14 @@ Nothing here imports jax, so that `--help` and a mistyped option answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import importlib.util
+import io
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -199,6 +202,103 @@ class TrainConfig:
             _require(value >= 1, name, value, "1 or more")
 
 
+NEGATIVE_PROMPT = (
+    "blurry or flickering picture, deformed face, stiff or mismatched lips, captions, "
+    "watermark, cuts, noisy, muffled or echoing voice, music"
+)
+"""Ours and short; the published scripts use a long one (give it by its option)."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How far predictions are pushed; see `plans.one_stage`.
+
+    Attributes:
+        video_cfg: towards the prompt, video; 1 is off.
+        audio_cfg: towards the prompt, audio; 1 is off.
+        identity: towards the reference voice; 0 is off.
+        stg: away from skipped self-attention; 0 is off.
+        stg_layer: where it is skipped, counted from 0.
+        bimodal: towards video and audio that fit each other; 1 is off.
+    """
+
+    video_cfg: float = 3.0
+    audio_cfg: float = 7.0
+    identity: float = 3.0
+    stg: float = 1.0
+    stg_layer: int = 29
+    bimodal: float = 3.0
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Everything that `sample.py` needs.
+
+    Attributes:
+        base: the base checkpoint (one .safetensors file, or a converted folder).
+        text_encoder: folder of gemma-3-12b-it.
+        prompt: "[VISUAL]: ... [SPEECH]: ... [SOUNDS]: ...".
+        negative_prompt: what to stay away from.
+        lora: adapter files.
+        lora_strength: one factor per file; none: 1 each.
+        reference_audio: recording of the voice to take; None: no reference.
+        first_frame: picture (or video) to start from; None: free.
+        fit: how it is brought to size, cropped or stretched.
+        output_dir: for `<name>.mp4`, `<name>.wav` and `<name>.json`.
+        name: of these files.
+        frames: 8k+1.
+        height: pixels, a multiple of 32.
+        width: pixels, a multiple of 32.
+        fps: frames per second.
+        steps: of the solver.
+        seed: of the noise.
+        guidance: how far predictions are pushed.
+        branches: how the passes of a step are laid out; results are equal.
+        numerics: how positions and noise levels are made.
+        dtype: of the networks' weights and the transformer's computation.
+        progress: show a bar.
+    """
+
+    base: Path
+    text_encoder: Path
+    prompt: str = ""
+    negative_prompt: str = NEGATIVE_PROMPT
+    lora: tuple[Path, ...] = ()
+    lora_strength: tuple[float, ...] = ()
+    reference_audio: Path | None = None
+    first_frame: Path | None = None
+    fit: Literal["crop", "stretch"] = "crop"
+    output_dir: Path = Path("outputs/sample")
+    name: str = "sample"
+    frames: int = 121
+    height: int = 512
+    width: int = 512
+    fps: float = 25.0
+    steps: int = 30
+    seed: int = 42
+    guidance: Guidance = field(default_factory=Guidance)
+    branches: Literal["sweep", "pair", "batch"] = "sweep"
+    numerics: Numerics = "exact"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        steps, files, factors = self.steps, self.lora, self.lora_strength
+        _require(steps >= 1, "steps", steps, "1 or more")
+        near = max(0, round((self.frames - 1) / 8)) * 8 + 1
+        _require(self.frames == near, "frames", self.frames, f"8k+1 (use {near})")
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            near = max(1, round(side / 32)) * 32
+            _require(side == near, name, side, f"a multiple of 32 (use {near})")
+        _require(0 < self.fps < 1000, "fps", self.fps, "above 0 (use 25)")
+        good = len(factors) in (0, len(files))
+        _require(good, "lora_strength", factors, f"{len(files)} factors, one per file")
+        plain_name = Path(self.name).name == self.name
+        _require(plain_name, "name", self.name, "a file name without folder or ending")
+
+
 def plain(config: Any) -> Any:
     """A configuration as nested dicts, lists and strings, for JSON."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -274,6 +374,11 @@ def _usage_error(message: str) -> NoReturn:
     raise SystemExit(USAGE_ERROR)
 
 
+def _one_line(box: str) -> str:
+    """The words of a framed message."""
+    return " ".join(re.sub(r"[╭╮╰╯│─]|-{3,}", " ", box).split())
+
+
 def _refuse(unknown: Sequence[str], kind: type) -> NoReturn:
     first = next((a for a in unknown if a.startswith("-")), None)
     if first is None:
@@ -305,14 +410,20 @@ def parse(argv: Sequence[str], kind: type[Config]) -> Config:
         _usage_error("--config FILE is missing, for example --config configs/tiny.py")
     about = (kind.__doc__ or "").partition("\n")[0]
     about += "\n\nOptions override the values of --config FILE."
+    said = io.StringIO()
     try:
         default = load_config(known.config, kind) if known.config else None
         options: Any = {} if default is None else {"default": default}
-        made, unknown = tyro.cli(
-            kind, args=rest, return_unknown_args=True, description=about, **options
-        )
+        with contextlib.redirect_stderr(said):
+            made, unknown = tyro.cli(
+                kind, args=rest, return_unknown_args=True, description=about, **options
+            )
     except ValueError as error:
         _usage_error(str(error))
+    except SystemExit as end:
+        if end.code:
+            _usage_error(_one_line(said.getvalue()))
+        raise
     if unknown:
         _refuse(unknown, kind)
     return made

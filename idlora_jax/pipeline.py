@@ -40,7 +40,7 @@ from idlora_jax.types import (
 )
 from idlora_jax.weights.networks import Networks
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], Any]
 """(steps done, steps in all)."""
 
 

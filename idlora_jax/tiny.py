@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -33,7 +32,7 @@ from idlora_jax import config, mel
 from idlora_jax.config import Generation
 from idlora_jax.config_text import text_encoder_config
 from idlora_jax.data import face, synthetic
-from idlora_jax.files import PathLike, replacing
+from idlora_jax.files import PathLike, problem, replacing
 from idlora_jax.model import audio_vae, text_encoder, video_vae
 from idlora_jax.types import Tree
 from idlora_jax.weights import io, leaves, rules, tables, tensorfile
@@ -214,18 +213,10 @@ def random_params(name: str, shapes: Tree, seed: int) -> Tree:
     return rules.nest(flat)
 
 
-def _float32(tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-
-
-def _with_stats(
-    params: Tree, latents: jax.Array, channel_axes: tuple[int, ...]
-) -> Tree:
-    """`params` with mean and deviation of `latents` over all axes but these."""
-    x = np.moveaxis(
-        np.asarray(latents, np.float64), channel_axes, range(len(channel_axes))
-    )
-    x = x.reshape(math.prod(x.shape[: len(channel_axes)]), -1)
+def _with_stats(params: Tree, latents: jax.Array, axes: tuple[int, ...]) -> Tree:
+    """`params` with mean and deviation of `latents` over all but the channel `axes`."""
+    x = np.moveaxis(np.asarray(latents, np.float64), axes, range(len(axes)))
+    x = x.reshape(math.prod(x.shape[: len(axes)]), -1)
     measured = {"mean": x.mean(1), "std": np.maximum(x.std(1), 1e-3)}
     stats = {k: v.astype(ml_dtypes.bfloat16) for k, v in measured.items()}
     return {**params, "stats": {**params["stats"], **stats}}
@@ -237,7 +228,7 @@ def _neutral(params: Tree) -> Tree:
         n: np.full(v.shape, float(n != "mean"), ml_dtypes.bfloat16)
         for n, v in params["stats"].items()
     }
-    return _float32({**params, "stats": stats})
+    return jax.tree.map(lambda x: x.astype(np.float32), {**params, "stats": stats})
 
 
 def calibrated(
@@ -317,9 +308,12 @@ def write(folder: PathLike, seed: int = 0) -> tuple[Path, Path]:
         The checkpoint file and the text encoder's folder.
 
     Raises:
+        ValueError: if the folder is a file.
         OSError: if they cannot be written.
     """
     folder, embedded = Path(folder), tiny_config()
+    if folder.exists() and not folder.is_dir():
+        raise problem("tiny", folder, "a file", "a folder", "choose another name")
     clips = [synthetic.clip(seed, *divmod(n, 2)) for n in range(CLIPS)]
     states = gemma_config()["text_config"]["num_hidden_layers"] + 1
     nets = {n: io.read_config(n, embedded, "2.0", states) for n in io.NETWORKS}

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from codec_sections import TINY_VIDEO, TINY_VOCODER, audio_section
 
-from idlora_jax import geometry, streams
+from idlora_jax import config_codecs, geometry, streams
 from idlora_jax.config import TransformerConfig, transformer_config
+from idlora_jax.config_text import text_connector_config
 from idlora_jax.model import transformer
 from idlora_jax.types import AV, AudioGrid, Prompt, Tree
 from idlora_jax.weights.networks import Networks
@@ -100,14 +102,15 @@ def close(got: AV, want: AV, rtol: float = 1e-5) -> None:
 
 
 def networks(generation: str) -> Networks:
-    """Networks of which only the transformer is known."""
-    unknown: Any = None
+    """The transformer beside tiny codecs, which do not fit it."""
+    sound = audio_section(ch=32, mel_bins=64)
+    codecs = {"vae": TINY_VIDEO, "audio_vae": sound, "vocoder": TINY_VOCODER}
     return Networks(
         transformer=config(generation),
-        text_connector=unknown,
-        video_vae=unknown,
-        audio_vae=unknown,
-        vocoder=unknown,
+        text_connector=text_connector_config({"transformer": SECTIONS["2.0"]}),
+        video_vae=config_codecs.video_vae_config(codecs),
+        audio_vae=config_codecs.audio_vae_config(codecs),
+        vocoder=config_codecs.vocoder_config(codecs),
         text_encoder=None,
         generation="2.0" if generation == "2.0" else "2.3",
         base_hash="",

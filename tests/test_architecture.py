@@ -17,8 +17,8 @@ LEVELS = (
     "geometry schedules adapters guidance solvers losses parallel",
     "streams",
     "denoise strategies model.*",
-    "training weights.* checkpoints",
-    "prompts plans codecs pipeline data.*",
+    "training loop weights.* checkpoints",
+    "prompts plans codecs pipeline sampling data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""

@@ -91,6 +91,15 @@ def test_predictions_of_every_branch_keep_fixed_tokens_clean():
         np.testing.assert_array_equal(branch.audio[:, 5:], pair().audio.clean[:, 5:])
 
 
+def test_a_denoiser_shows_the_predictions_it_combines():
+    passes = guidance.branches(TERMS, 2)
+    args = toys.variables(), toys.prepared(), pair(), jnp.float32(0.7), passes
+    want = denoise.predict(toys.apply, *args, targets=AV(4, 5))
+    got = denoise.predictions(denoiser(), pair(), jnp.float32(0.7))
+    for a, b in zip(got, want, strict=True):
+        close(a, b, 0)
+
+
 def test_apply_gets_levels_branches_targets_and_mode():
     seen = {}
 

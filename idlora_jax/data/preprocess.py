@@ -37,6 +37,7 @@ from tqdm import tqdm
 from idlora_jax import codecs, experiment, geometry, media, prompts, sound
 from idlora_jax.config_codecs import AudioVAEConfig, VideoVAEConfig
 from idlora_jax.data import layout, manifest, tokenize
+from idlora_jax.data.latents import AUDIO, REFERENCE, TEXT, VIDEO
 from idlora_jax.data.manifest import Clip
 from idlora_jax.data.tokenize import TextTokenizer
 from idlora_jax.model import video_vae
@@ -185,15 +186,15 @@ def is_complete(options: Options, nets: Networks, name: str) -> bool:
     heard = geometry.audio_grid(grid.frames, grid.fps).frames
     sounds = (voice.latent_channels, heard, voice.mel_bins // voice.factor)
     shapes = {
-        "latents": (nets.video_vae.latent_channels, *geometry.latent_shape(grid)),
-        "audio_latents": sounds,
-        "reference_audio_latents": sounds,
+        VIDEO: (nets.video_vae.latent_channels, *geometry.latent_shape(grid)),
+        AUDIO: sounds,
+        REFERENCE: sounds,
     }
     files = {
         kind: layout.file_of(options.output, kind, name) for kind in layout.FOLDERS
     }
     fits = (_has_shape(files[kind], shape) for kind, shape in shapes.items())
-    return files["conditions"].is_file() and all(fits)
+    return files[TEXT].is_file() and all(fits)
 
 
 class Encoded(NamedTuple):
@@ -219,13 +220,10 @@ def write_clip(
     shared = nets.text_connector.features == "range"
     condition = layout.condition_file(features, np.asarray(mask[0]), shared=shared)
     files = {
-        "conditions": (condition, clip),
-        "reference_audio_latents": (
-            layout.sound_file(encoded.reference_sound),
-            encoded.reference,
-        ),
-        "audio_latents": (layout.sound_file(encoded.sound), clip),
-        "latents": (layout.video_file(encoded.video, options.fps), clip),
+        TEXT: (condition, clip),
+        REFERENCE: (layout.sound_file(encoded.reference_sound), encoded.reference),
+        AUDIO: (layout.sound_file(encoded.sound), clip),
+        VIDEO: (layout.video_file(encoded.video, options.fps), clip),
     }
     for kind in layout.FOLDERS:
         _write(layout.file_of(options.output, kind, clip.name), *files[kind])

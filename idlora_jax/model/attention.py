@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from idlora_jax.config import BlindGradient
 from idlora_jax.model.layers import Dense, RMSNorm
 from idlora_jax.model.rope import Kind, Rope, rotate
 
@@ -111,6 +112,43 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def blind(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N K"],
+    gradient: BlindGradient = "softmax",
+) -> Float[Array, "B T N K"]:
+    """`attend` where one huge bias swallows every score: the mean of the values.
+
+    The rounding that makes the scores equal is not differentiated, so that queries and
+    keys have the gradient of a softmax at equal scores. `fused` multiplies the gradient
+    by S: a fused kernel recomputes the probabilities in its backward pass from a stored
+    log-sum-exp, in which the bias has swallowed log S, and gets 1 instead of 1 / S.
+
+    Source: torch.nn.functional.scaled_dot_product_attention, which the reference calls.
+    """
+    mean = jnp.mean(v, axis=1, keepdims=True)
+    return jnp.broadcast_to(mean, (*q.shape[:3], v.shape[-1]))
+
+
+@blind.defjvp
+def _blind_jvp(
+    gradient: BlindGradient, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    (q, k, v), (dq, dk, dv) = primals, tangents
+    mean = functools.partial(jnp.mean, axis=1, keepdims=True)
+    centred = (v - mean(v)) / (v.shape[1] * q.shape[-1] ** 0.5)
+
+    def through(q: Array, k: Array) -> Array:
+        moved = jnp.einsum("bsnk,bsnc->bnkc", k, centred)
+        return jnp.einsum("btnk,bnkc->btnc", q, moved)
+
+    tangent = mean(dv) + through(dq, k) + through(q, dk)
+    gain = v.shape[1] if gradient == "fused" else 1
+    return blind(q, k, v, gradient), gain * tangent
+
+
 class Attention(nn.Module):
     """Multi-head attention; q and k are normalised over the full inner width.
 
@@ -168,6 +206,7 @@ class Attention(nn.Module):
         bias: Float[Array, "B T S"] | None = None,
         length: Int[Array, " B"] | None = None,
         blind_from: int | None = None,
+        blind_gradient: BlindGradient = "softmax",
     ) -> Float[Array, "B T O"]:
         """Attend from `x` to `context` (default: `x` itself).
 
@@ -179,19 +218,18 @@ class Attention(nn.Module):
             bias: additive scores bias.
             length: valid keys per sample.
             blind_from: query rows from here on get the mean of the values.
+            blind_gradient: see `blind`.
         """
         context = x if context is None else context
-        seeing = x if blind_from is None else x[:, :blind_from]
-        bias = bias if bias is None else bias[:, : seeing.shape[1]]
-        q, k = self.q_norm(self.q(seeing)), self.k_norm(self.k(context))
+        q, k = self.q_norm(self.q(x)), self.k_norm(self.k(context))
         if rope is not None:
             q = rotate(q, rope, self.rope)
             k = rotate(k, rope if context_rope is None else context_rope, self.rope)
-        v = self._heads(self.v(context))
-        call = functools.partial(attend, backend=self.backend)
-        out = call(self._heads(q), self._heads(k), v, bias=bias, length=length)
+        q, k, v = self._heads(q), self._heads(k), self._heads(self.v(context))
+        sees = slice(blind_from)
+        bias = None if bias is None else bias[:, sees]
+        out = attend(q[:, sees], k, v, bias=bias, length=length, backend=self.backend)
         if blind_from is not None:
-            mean = jnp.mean(v, axis=1, keepdims=True)
-            blind = (x.shape[0], x.shape[1] - blind_from, *v.shape[2:])
-            out = jnp.concatenate([out, jnp.broadcast_to(mean, blind)], axis=1)
+            mean = blind(q[:, blind_from:], k, v, blind_gradient)
+            out = jnp.concatenate([out, mean], axis=1)
         return self._finish(x, out)

@@ -138,7 +138,11 @@ class Half(nn.Module):
 
     def attend_text(self, x: Array, m: Modality, blind_from: int | None) -> Array:
         """Add attention to the prompt."""
-        kwargs = {"bias": m.text_bias, "blind_from": blind_from}
+        kwargs = {
+            "bias": m.text_bias,
+            "blind_from": blind_from,
+            "blind_gradient": self.cfg.blind_gradient,
+        }
         if not self.cfg.text_adaln:
             return x + self.text_attn(rms_norm(x, self.cfg.norm_eps), m.text, **kwargs)
         shift, scale, gate = pick(self.table[6:9], m.ada[:, :, 6:9], m.denoise)

@@ -179,6 +179,9 @@ def _open_folder(path: Path) -> BaseFile:
         _parsed(path / name, (path / name).read_text("utf-8"), "a file")
         for name in (CONFIG, MANIFEST)
     )
+    if not {"generation", "base_hash", "metadata"} <= manifest.keys():
+        hint, what = "convert it again", "one with generation, base_hash, metadata"
+        raise problem("weights", path / MANIFEST, f"{[*manifest]}", what, hint)
     generation, base_hash = manifest["generation"], manifest["base_hash"]
     return BaseFile(path, config, generation, manifest["metadata"], base_hash, True)
 

@@ -11,7 +11,7 @@ offenders in one message, by the names the file uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from idlora_jax.weights.rules import Rule
 from idlora_jax.weights.tensorfile import Entry, Spec, Tensors
 
 SHOWN = 12
+STRIP = 128
 Shape = tuple[int, ...]
 
 
@@ -74,13 +75,27 @@ def kept_dtype(path: str, stored: np.dtype, wanted: Any | None) -> np.dtype:
     return np.dtype(wanted)
 
 
+def copy(out: np.ndarray, piece: np.ndarray) -> np.ndarray:
+    """Fill contiguous `out` with a permuted array, casting; returns `out`.
+
+    In strips of the last axis, the file's first: three times as fast as at once, which
+    misses the cache at every element (measured, bfloat16 [16384 4096]).
+    """
+    if piece.ndim < 2 or piece.flags.c_contiguous:
+        out[...] = piece
+        return out
+    for start in range(0, piece.shape[-1], STRIP):
+        out[..., start : start + STRIP] = piece[..., start : start + STRIP]
+    return out
+
+
 def read(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
     """The whole parameter; holds one piece beside the result."""
     out = np.empty(leaf.spec.shape, dtype)
     flat, start = out.reshape(-1), 0
     for index in range(leaf.count):
         piece = leaf.piece(index)
-        flat[start : start + piece.size].reshape(piece.shape)[...] = piece
+        copy(flat[start : start + piece.size].reshape(piece.shape), piece)
         start += piece.size
     return out
 
@@ -206,9 +221,12 @@ def original_entries(
     def entry(leaf: Leaf, source: Source, index: int) -> Entry:
         spec = Spec(source.torch_shape, leaf.spec.dtype)
         back = np.argsort(source.order)
-        return Entry(
-            source.keys[index], spec, lambda: (leaf.piece(index).transpose(back),)
-        )
+
+        def pieces() -> Iterator[np.ndarray]:
+            out = np.empty(spec.shape, spec.dtype)
+            yield copy(out, leaf.piece(index).transpose(back))
+
+        return Entry(source.keys[index], spec, pieces)
 
     return [
         entry(leaves[path], source, index)
@@ -222,9 +240,12 @@ def our_entries(leaves: Mapping[str, Leaf], dtype: Any | None) -> list[Entry]:
 
     def entry(path: str, leaf: Leaf) -> Entry:
         target = kept_dtype(path, leaf.spec.dtype, dtype)
-        pieces = lambda: (
-            leaf.piece(n).astype(target, copy=False) for n in range(leaf.count)
-        )
+
+        def pieces() -> Iterator[np.ndarray]:
+            for n in range(leaf.count):
+                piece = leaf.piece(n)
+                yield copy(np.empty(piece.shape, target), piece)
+
         return Entry(path, Spec(leaf.spec.shape, target), pieces)
 
     return [entry(path, leaf) for path, leaf in leaves.items()]

@@ -66,12 +66,12 @@ def _shards(folder: Path) -> list[Path]:
     found = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        named = set(json.loads(index.read_text("utf-8")).get("weight_map", {}).values())
         absent = sorted(named - {path.name for path in found})
         if absent:
             got, hint = f"a folder without {absent}", "download the rest"
             raise problem("weights", folder, got, "all files of its index", hint)
-        return [folder / name for name in sorted(named)]
+        return [folder / name for name in sorted(named)] or found
     return found
 
 

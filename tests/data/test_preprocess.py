@@ -1,5 +1,6 @@
 """Media -> latents with the tiny model: what is written, left out, left alone."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from idlora_jax import experiment, geometry, media
-from idlora_jax.data import layout, preprocess, synthetic
+from idlora_jax import experiment, geometry, media, prompts
+from idlora_jax.data import latents, layout, preprocess, synthetic
 from idlora_jax.model import video_vae
 
 FRAMES, SIDE = 9, 32
@@ -86,6 +87,21 @@ def test_a_clip_becomes_four_files_in_the_published_layout(encoded, encoders):
     assert text["prompt_embeds"].shape[0] == length
     assert text["prompt_attention_mask"].shape == (length,)
     assert len(list(out.rglob("*"))) == 4 + 4 * 6
+
+
+def test_training_reads_what_was_written(encoded, encoders):
+    nets, params, _ = encoders
+    index = latents.index(encoded.output)
+    assert len(index.clips) == 6 and index.fps == 25.0
+    assert (index.audio, index.reference, index.ragged) == (
+        SOUNDS,
+        SOUNDS,
+        (False,) * 2,
+    )
+    batch = latents.whole(index, functools.partial(prompts.prompts, nets, params))
+    assert batch.video.shape == (6, 2, 1, 1, 128)
+    assert batch.audio.shape == batch.reference.shape == (6, SOUNDS, 16, 8)
+    assert batch.prompt.video.shape[:2] == (6, encoders.tokenizer.length)
 
 
 def test_latents_are_those_of_the_clips_frames(clips, encoded, encoders):

@@ -4,6 +4,7 @@ Files put reference tokens first, ours stand last; masks are recorded as arrays 
 facts of the `Branch` here, so they are written out again from what the step was given.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -59,7 +60,8 @@ def draws_of(golden: Golden, step: int) -> strategies.Draws:
 def remembering() -> optax.GradientTransformation:
     """Pass gradients on and keep them as state: what reached the optimizer."""
     return optax.GradientTransformation(
-        lambda params: params, lambda grads, old, params=None: (grads, grads)
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, old, params=None: (grads, grads),
     )
 
 
@@ -80,6 +82,8 @@ def run_of(name: str) -> Run:
     golden = goldens.load(goldens.FOLDER / f"{name}.safetensors")
     p = golden.params
     cfg, base = load(golden)
+    # Recorded with torch's fused attention.
+    cfg = dataclasses.replace(cfg, blind_gradient="fused")
     settings = experiment.Optimizer(
         learning_rate=p["lr"],
         schedule="constant",

@@ -1,0 +1,33 @@
+"""A clip from the tiny model: the whole path of `sample.py` in a minute on two cores.
+
+Origin: the one-stage script of ID-LoRA (text guidance 3 and 7, identity 3, STG 1,
+bimodal 3, 30 Euler steps) at a tiny size; STG skips the tiny model's last layer, and
+the passes of a step run as one batch, which compiles fastest.
+Hardware: any CPU. Result: noise, since the tiny model's weights are random. The
+negative prompt is our own short one; give the published one by --negative-prompt.
+
+    python sample.py --config configs/tiny_sample.py --reference-audio ref.wav \
+        --first-frame face.png --output-dir out/
+"""
+
+from pathlib import Path
+
+from idlora_jax.experiment import Guidance, SampleConfig
+
+DEMO = Path("outputs/demo")
+
+
+def get_config() -> SampleConfig:
+    return SampleConfig(
+        base=DEMO / "checkpoint/ltx-2-tiny.safetensors",
+        text_encoder=DEMO / "checkpoint/gemma",
+        prompt="[VISUAL]: A person faces the camera and talks. "
+        "[SPEECH]: Good morning, how are you? [SOUNDS]: A quiet room.",
+        output_dir=DEMO / "sample",
+        frames=25,
+        height=64,
+        width=64,
+        guidance=Guidance(stg_layer=3),
+        branches="batch",
+        dtype="float32",
+    )
