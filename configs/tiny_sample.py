@@ -8,26 +8,13 @@ negative prompt is our own short one; give the published one by --negative-promp
 
     python sample.py --config configs/tiny_sample.py --reference-audio ref.wav \
         --first-frame face.png --output-dir out/
+
+The values stand in idlora_jax/presets.py, which the demo reads too.
 """
 
-from pathlib import Path
-
-from idlora_jax.experiment import Guidance, SampleConfig
-
-DEMO = Path("outputs/demo")
+from idlora_jax import presets
+from idlora_jax.experiment import SampleConfig
 
 
 def get_config() -> SampleConfig:
-    return SampleConfig(
-        base=DEMO / "checkpoint/ltx-2-tiny.safetensors",
-        text_encoder=DEMO / "checkpoint/gemma",
-        prompt="[VISUAL]: A person faces the camera and talks. "
-        "[SPEECH]: Good morning, how are you? [SOUNDS]: A quiet room.",
-        output_dir=DEMO / "sample",
-        frames=25,
-        height=64,
-        width=64,
-        guidance=Guidance(stg_layer=3),
-        branches="batch",
-        dtype="float32",
-    )
+    return presets.tiny_sample()

@@ -1,7 +1,7 @@
 """What `train.py` does: a configuration in, an adapter out.
 
-    plan(config) -> Fit           settings, data index and output folder checked; no weights
-    fit(plan) -> Result           weights, training loop, held-out loss before and after
+    plan(config) -> Fit     settings, data and output folder checked; no weights yet
+    fit(plan) -> Result     weights, training loop, held-out loss before and after
 
 The connectors run once per clip, when it is first read; the base is frozen, so that the
 training state holds the adapter and its optimizer only.

@@ -13,12 +13,12 @@ LIBRARY = ROOT / "idlora_jax"
 
 LEVELS = (
     "__init__ types config config_codecs config_text files images mel sound media "
-    "experiment",
+    "experiment presets",
     "geometry schedules adapters guidance solvers losses parallel",
     "streams",
     "denoise strategies model.*",
     "training loop weights.* checkpoints",
-    "prompts plans codecs pipeline sampling data.*",
+    "prompts plans codecs pipeline sampling fitting data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""
@@ -151,7 +151,7 @@ def test_the_library_imports_neither_torch_nor_tensorflow():
 
 
 @pytest.mark.parametrize(
-    "name", ["config", "config_codecs", "config_text", "media", "experiment"]
+    "name", ["config", "config_codecs", "config_text", "media", "experiment", "presets"]
 )
 def test_configuration_and_media_need_no_jax(name):
     if name not in modules():

@@ -20,7 +20,6 @@ Source: ltx_trainer scripts/process_videos.py and process_captions.py.
 from __future__ import annotations
 
 import functools
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -321,11 +320,7 @@ def summary(outcomes: Sequence[Outcome], output: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: status 0, or 1 if a clip was left out; usage errors are 2."""
-    try:
-        options = tyro.cli(Options, args=argv)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return experiment.USAGE_ERROR
+    options = tyro.cli(Options, args=argv, prog="python -m idlora_jax.data.preprocess")
     outcomes = run(options)
     print(summary(outcomes, options.output))
     failed = any(outcome.state == "rejected" for outcome in outcomes)

@@ -22,9 +22,20 @@ from idlora_jax.types import AV, Bias, Branch, Prompt, Tree, each
 
 Remat = Literal["none", "selective", "full"]
 _POLICIES = jax.checkpoint_policies
+_CUTTING = ("dynamic_slice", "squeeze", "reshape", "convert_element_type")
+
+
+def _activations(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Save everything but the weights of a layer: that would copy the stack.
+
+    Weights pass these primitives between the stack and a matrix product. Activations
+    pass them too, and are cheaply made again from what is saved before them.
+    """
+    return primitive.name not in _CUTTING and params.get("name") != "weights"
+
+
 POLICIES = {
-    # No policy may save the weights of a layer: that would copy the stack.
-    "none": _POLICIES.save_anything_except_these_names("weights"),
+    "none": _activations,
     "selective": _POLICIES.save_only_these_names("attention", "ff"),
     "full": _POLICIES.nothing_saveable,
 }
@@ -211,9 +222,7 @@ def _layer_of(variables: Mapping[str, Tree], index: Array) -> dict[str, Tree]:
 
 def _named(layer: Mapping[str, Tree]) -> Mapping[str, Tree]:
     """Name a layer's variables, so that every remat policy can refuse to save them."""
-    return jax.tree.map(
-        lambda w: checkpoint_name(w, "weights"), layer
-    )
+    return jax.tree.map(lambda w: checkpoint_name(w, "weights"), layer)
 
 
 def _run_span(
