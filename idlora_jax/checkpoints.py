@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -43,7 +44,8 @@ class AdapterMeta:
         fps: frames per second of the training clips.
         version: of this library.
         extra: anything else, as strings.
-        content_hash: of the file's bytes; set when read or written.
+        content_hash: of the tensors, recorded when saved; of the file's bytes where a
+            file of others records none.
     """
 
     generation: str = ""
@@ -68,6 +70,16 @@ def file_hash(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tensors_hash(tensors: Mapping[str, np.ndarray]) -> str:
+    """The sha256 of names, dtypes, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
 def save_adapter(
     path: str | os.PathLike[str],
     adapter: Adapter,
@@ -88,15 +100,17 @@ def save_adapter(
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fields = {k: v for k, v in asdict(meta).items() if k != "content_hash"}
+    fields = asdict(meta)
     try:
         tensors = lora.export(adapter, dtype)
+        fields["content_hash"] = tensors_hash(tensors)
         save_file(tensors, temporary, metadata={"idlora": json.dumps(fields)})
-        digest = file_hash(temporary)
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error}); free some space") from None
     finally:
         temporary.unlink(missing_ok=True)
-    return AdapterMeta(**{**fields, "content_hash": digest})
+    return AdapterMeta(**fields)
 
 
 def read_tensors(
@@ -120,6 +134,18 @@ def read_tensors(
         ) from None
 
 
+def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of `AdapterMeta` that a file records; none where it is not ours."""
+    try:
+        fields = json.loads(metadata.get("idlora", "{}"))
+    except json.JSONDecodeError:
+        return {}
+    if not isinstance(fields, dict):
+        return {}
+    known = {k: v for k, v in fields.items() if k in AdapterMeta.__dataclass_fields__}
+    return known | {"targets": tuple(known.get("targets", ()))}
+
+
 def load_adapter(
     path: str | os.PathLike[str], base: Tree
 ) -> tuple[Adapter, AdapterMeta]:
@@ -137,11 +163,9 @@ def load_adapter(
         adapter = lora.import_(tensors, base)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    fields = json.loads(metadata.get("idlora", "{}"))
-    known = {k: v for k, v in fields.items() if k in AdapterMeta.__dataclass_fields__}
-    known["targets"] = tuple(known.get("targets", ()))
+    known = _recorded(metadata)
     known.setdefault("rank", adapters.rank(adapter))
-    known["content_hash"] = file_hash(path)
+    known["content_hash"] = known.get("content_hash") or file_hash(path)
     return adapter, AdapterMeta(**known)
 
 

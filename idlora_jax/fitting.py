@@ -153,7 +153,8 @@ def _held_out(
 
 def _told(when: str, losses: dict[str, float] | None, say: Say) -> None:
     if losses is not None:
-        shown = (f"{k.replace('_', ' ')} {v:.5f}" for k, v in losses.items())
+        names = ("loss", "video_loss", "audio_loss")
+        shown = (f"{name.replace('_', ' ')} {losses[name]:.5f}" for name in names)
         say(f"held-out {when}: {', '.join(shown)}")
 
 

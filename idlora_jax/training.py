@@ -144,11 +144,7 @@ def predict(
     variables = {"params": base, "lora": adapters.scale(adapter, task.scale)}
     inputs = _cast(inputs, task.dtype)
     if tables is None:
-        # Positions are constants; without the barrier XLA makes the tables of all
-        # tokens at compile time.
-        pos = jax.lax.optimization_barrier(each(lambda s: s.pos, inputs.streams))
-        at = each(lambda s, p: s._replace(pos=p), inputs.streams, pos)
-        tables = task.prepare(variables, at, ())
+        tables = task.prepare(variables, inputs.streams, ())
     text = task.prepare(variables, AV(None, None), (inputs.prompt,))
     return task.apply(
         variables,
@@ -225,9 +221,9 @@ def make_train_step(
         old: Any = state.adapter
         updates, opt_state = tx.update(grads, state.opt_state, old)
         adapter = optax.apply_updates(old, updates)
-        new = _if(ok, (adapter, opt_state), (state.adapter, state.opt_state))
+        adapter, opt_state = _if(ok, (adapter, opt_state), (old, state.opt_state))
         extra = {"grad_norm": norm, "skipped": 1.0 - ok.astype(jnp.float32)}
-        return TrainState(*new, state.step + 1), metrics | extra
+        return TrainState(adapter, opt_state, state.step + 1), metrics | extra
 
     return jax.jit(step, donate_argnums=0)
 

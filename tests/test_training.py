@@ -93,12 +93,9 @@ def test_the_loss_is_the_sum_of_its_parts():
 
 
 def test_the_adapter_is_scaled_inside_the_loss():
-    tx, _ = toy_step()
-    inputs = strategies.prepare(
-        strategies.draw(jax.random.key(0), toy.batch(0), toy.SPEC),
-        toy.batch(0),
-        toy.SPEC,
-    )
+    batch = toy.batch(0)
+    draws = strategies.draw(jax.random.key(0), batch, toy.SPEC)
+    inputs = strategies.prepare(draws, batch, toy.SPEC)
     trained = run(3)[0].adapter
     half = training.predict(toy.task(scale=0.5), toy.base(), trained, inputs)
     folded = adapters.scale(trained, 0.5)
@@ -260,22 +257,19 @@ def real_batch(seed: int, generation: str = "2.0") -> strategies.Batch:
 
 
 def test_the_gradient_holds_a_and_b_of_the_adapter_and_nothing_else():
-    for generation in ("2.0", "2.3"):
-        base = small.base(generation)
-        adapter = adapters.init(jax.random.key(0), base, 2)
-        batch = real_batch(0, generation)
-        task = real_task(generation)
+    task, batch, base = real_task(), real_batch(0), small.base("2.0")
+    adapter = adapters.init(jax.random.key(0), base, 2)
+    draws = strategies.draw(jax.random.key(0), batch, task.spec)
+    inputs = strategies.prepare(draws, batch, task.spec)
 
-        def loss(adapter: Any, base: Any, task: Any = task, batch: Any = batch) -> Any:
-            draws = strategies.draw(jax.random.key(0), batch, task.spec)
-            inputs = strategies.prepare(draws, batch, task.spec)
-            return training.loss(task, base, adapter, inputs)[0]
+    def loss(adapter: Any, base: Any) -> Any:
+        return training.loss(task, base, adapter, inputs)[0]
 
-        grads = jax.eval_shape(jax.grad(loss), adapter, base)
-        assert jax.tree.structure(grads) == jax.tree.structure(adapter)
-        names = {path[-1].key for path, _ in jax.tree.leaves_with_path(grads)}  # pyright: ignore
-        assert names == {"a", "b"}
-        assert len(jax.tree.leaves(grads)) == 2 * 18
+    grads = jax.eval_shape(jax.grad(loss), adapter, base)
+    assert jax.tree.structure(grads) == jax.tree.structure(adapter)
+    names = {path[-1].key for path, _ in jax.tree.leaves_with_path(grads)}  # pyright: ignore
+    assert names == {"a", "b"}
+    assert len(jax.tree.leaves(grads)) == 2 * 18
 
 
 def throttle() -> optax.GradientTransformation:
@@ -348,8 +342,10 @@ def test_the_backward_pass_never_copies_the_weight_stack(remat: Any):
     def loss(adapter: Any, base: Any) -> Any:
         return training.loss(task, base, adapter, inputs)[0]
 
-    compiled = jax.jit(jax.grad(loss)).lower(adapter, base).compile()
-    memory = compiled.memory_analysis()
+    # Buffers are assigned before the machine code, which need not be good.
+    quick = {"xla_backend_optimization_level": 0}
+    lowered = jax.jit(jax.grad(loss)).lower(adapter, base)
+    memory = lowered.compile(compiler_options=quick).memory_analysis()
     stack = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base["blocks"]))
     assert memory is not None
     assert memory.temp_size_in_bytes < stack / 2

@@ -36,12 +36,12 @@ def apply(
     *,
     targets: AV,
 ) -> tuple[AV, ...]:
-    """One matrix per modality, with its adapter; the text is added everywhere."""
+    """One layer of one matrix per modality; the text is added everywhere."""
 
     def velocity(s: Any, name: str, text: Any) -> Any:
         base, lora = (variables[c]["blocks"][name] for c in ("params", "lora"))
         pair, x = lora["ff"]["up"]["kernel"], s.x
-        y = x @ base["ff"]["up"]["kernel"] + (x @ pair["a"]) @ pair["b"]
+        y = x @ base["ff"]["up"]["kernel"][0] + (x @ pair["a"][0]) @ pair["b"][0]
         return y + 0.01 * jnp.mean(text)
 
     text = AV(*prepared.prompts[0][:2])
@@ -49,7 +49,7 @@ def apply(
 
 
 def base() -> dict[str, Any]:
-    kernel = jnp.asarray(np.random.default_rng(0).normal(0, 0.05, (WIDTH, WIDTH)))
+    kernel = jnp.asarray(np.random.default_rng(0).normal(0, 0.05, (1, WIDTH, WIDTH)))
     one = {"ff": {"up": {"kernel": kernel.astype(jnp.float32)}}}
     return {"blocks": {"video": one, "audio": one}}
 

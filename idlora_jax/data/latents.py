@@ -18,6 +18,7 @@ Source: ltx_trainer/datasets.py: PrecomputedDataset.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,20 +168,21 @@ def _length(file: Any) -> int:
 
 
 def _one_bucket(clips: Sequence[Clip]) -> None:
-    first = clips[0]
-    want = (first.video, first.fps)
+    counts = Counter((c.video, c.fps) for c in clips)
+    ((size, fps), most), *others = counts.most_common()
+    if not others:
+        return
     bad = [
         f"{c.name}: latents {c.video} at {c.fps:g} fps"
         for c in clips
-        if (c.video, c.fps) != want
+        if (c.video, c.fps) != (size, fps)
     ]
-    if bad:
-        raise ValueError(
-            f"data: all clips must have one size and frame rate. {first.name} has "
-            f"latents (frames, height, width) {first.video} at {first.fps:g} fps, but "
-            f"{len(bad)} of {len(clips)} have another:{_listed(bad)}\npreprocess all "
-            "to one size, or train on one size at a time"
-        )
+    raise ValueError(
+        f"data: all clips must have one size and frame rate. {most} of {len(clips)} "
+        f"have latents (frames, height, width) {size} at {fps:g} fps, "
+        f"{len(bad)} others:{_listed(bad)}\npreprocess all to one size, or train on "
+        "one size at a time"
+    )
 
 
 def index(folder: str | Path, folders: Sequence[str] = FOLDERS) -> Index:

@@ -1,0 +1,202 @@
+"""`train.py`: wrong input before any weights are read, and a run that is killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import latent_folder
+import numpy as np
+import pytest
+
+from idlora_jax import checkpoints, fitting, loop, strategies
+from idlora_jax.config import AUDIO_TARGETS
+from idlora_jax.data import latents
+from idlora_jax.experiment import HeldOut, Lora, Strategy, TrainConfig
+from idlora_jax.presets import tiny_train
+from idlora_jax.weights import io
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXT = (128, 48)
+"""Tokens and width of the tiny model's features."""
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return latent_folder.write(tmp_path_factory.mktemp("clips"), 6, text=TEXT)
+
+
+@pytest.fixture
+def config(tiny_model: Any, clips: pathlib.Path, tmp_path: pathlib.Path) -> TrainConfig:
+    made = tiny_train()
+    return dataclasses.replace(
+        made, base=tiny_model[0], data=clips, output=tmp_path / "train"
+    )
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(io, "read_all", refuse)
+
+
+def test_good_inputs_are_planned_without_weights(no_weights: None, config: TrainConfig):
+    plan = fitting.plan(config)
+    assert len(plan.clips.clips) == 4
+    assert len(plan.held.clips) == 2
+    assert plan.resumed is None
+    assert not config.output.exists()
+
+
+def test_the_exported_facts_are_those_of_the_run(config: TrainConfig):
+    spec = Strategy(ref_sees_text=True, gap_s=0.5, negative_positions=False)
+    plan = fitting.plan(dataclasses.replace(config, strategy=spec))
+    meta = plan.run.meta
+    assert meta.base_hash == plan.nets.base_hash != ""
+    assert (meta.generation, meta.rank, meta.alpha, meta.fps) == ("2.0", 8, 8.0, 25.0)
+    assert meta.targets == AUDIO_TARGETS
+    assert (meta.video_sees_ref, meta.ref_sees_text) == (False, True)
+    assert meta.reference_gap_s == 0.5
+    assert meta.extra["negative_positions"] == "false"
+    branch = strategies.branch(spec)
+    assert meta.video_sees_ref == branch.video_sees_ref
+    assert meta.ref_sees_text == branch.ref_sees_text
+
+
+def test_text_to_video_needs_no_references(config: TrainConfig, tmp_path: pathlib.Path):
+    data = latent_folder.write(tmp_path / "data", 3, text=TEXT)
+    for path in (data / latents.REFERENCE).rglob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(ValueError, match="missing in reference_audio_latents"):
+        fitting.plan(dataclasses.replace(config, data=data))
+    spec = Strategy(name="text_to_video")
+    fitting.plan(dataclasses.replace(config, data=data, strategy=spec))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": pathlib.Path("nowhere")}, "no such folder nowhere"),
+        ({"base": pathlib.Path("nowhere.safetensors")}, "nowhere.safetensors"),
+        ({"heldout": HeldOut(clips=6)}, "at least one to train on"),
+    ],
+)
+def test_wrong_input_is_refused_before_weights_are_read(
+    no_weights: None, config: TrainConfig, change: Any, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        fitting.plan(dataclasses.replace(config, **change))
+    assert not config.output.exists()
+
+
+def test_targets_that_match_nothing_are_refused(config: TrainConfig):
+    lora = Lora(rank=2, alpha=2.0, targets=("blocks/sound/*",))
+    plan = fitting.plan(dataclasses.replace(config, lora=lora))
+    with pytest.raises(ValueError, match="no module matches"):
+        fitting.fit(plan)
+    assert not config.output.exists()
+
+
+def command(config: TrainConfig, *options: str) -> list[str]:
+    """The real script on the tiny configuration."""
+    paths = {"base": config.base, "data": config.data, "output": config.output}
+    given = [f"--{name}={path}" for name, path in paths.items()]
+    extra = ["--steps=80", "--save-every=80", "--heldout.clips=0", *options]
+    script = [sys.executable, "train.py", "--config", "configs/tiny.py"]
+    return [*script, *given, *extra]
+
+
+def environment(cache: pathlib.Path) -> dict[str, str]:
+    """Runs that reuse each other's compiled step."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def wait_for_line(log: pathlib.Path, process: subprocess.Popen[str], line: int) -> None:
+    """Return as soon as the log has so many lines."""
+    deadline = time.monotonic() + 300
+    while not log.is_file() or len(log.read_text().splitlines()) < line:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run does not get there"
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_a_run_ended_by_sigterm_and_resumed_gives_the_same_adapter_bitwise(
+    config: TrainConfig, tmp_path: pathlib.Path
+):
+    env = environment(tmp_path / "cache")
+    options: dict[str, Any] = {"cwd": ROOT, "env": env, "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    straight = subprocess.run(command(config), **options)
+    assert straight.returncode == 0, straight.stderr
+    stopped = dataclasses.replace(config, output=tmp_path / "stopped")
+    log = stopped.output / "log.jsonl"
+    resume: list[str] = []
+    seen = []
+    for line in (1, 30):
+        process = subprocess.Popen(command(stopped, *resume), **options)
+        wait_for_line(log, process, line)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 128 + signal.SIGTERM, err
+        assert "stopped by SIGTERM" in out
+        assert "--resume" in out
+        seen.append(checkpoints.latest(stopped.output / "state"))
+        assert (
+            stopped.output / f"lora_weights_step_{seen[-1]:05d}.safetensors"
+        ).exists()
+        resume = ["--resume"]
+    assert 1 <= seen[0] < 30 <= seen[1] < 80
+    last = subprocess.run(command(stopped, "--resume"), **options)
+    assert last.returncode == 0, last.stderr
+    name = "lora_weights_step_00080.safetensors"
+    assert (stopped.output / name).read_bytes() == (config.output / name).read_bytes()
+    steps = [json.loads(row)["step"] for row in log.read_text().splitlines()]
+    assert steps == [*range(1, 81)]
+
+
+@pytest.mark.slow
+def test_train_py_says_what_is_wrong_in_one_line(
+    config: TrainConfig, tmp_path: pathlib.Path
+):
+    wrong = dataclasses.replace(config, data=tmp_path / "nowhere")
+    done = subprocess.run(
+        command(wrong), cwd=ROOT, env=environment(tmp_path), text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: data: no such folder")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_held_out_losses_are_given_before_and_after(config: TrainConfig):
+    lines: list[str] = []
+    short = dataclasses.replace(config, steps=8)
+    result = fitting.fit(fitting.plan(short), lines.append)
+    assert result.before is not None
+    assert result.after is not None
+    assert result.before["audio_loss"] > result.after["audio_loss"]
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        "held-out before", "held-out after",
+    ]  # fmt: skip
+    run = loop.Run(
+        short, fitting.plan(dataclasses.replace(short, resume=True)).run.meta
+    )
+    assert result.adapter == run.adapter(8)
+    tensors, _ = checkpoints.read_tensors(result.adapter)
+    assert len(tensors) == 2 * 18 * 4
+    assert all(np.isfinite(t).all() and t.dtype == np.float32 for t in tensors.values())

@@ -1,0 +1,214 @@
+"""The training loop: stopping, resuming, logging, refusing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import signal
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_training as toy
+
+from idlora_jax import adapters, checkpoints, experiment, loop, training
+from idlora_jax.strategies import Batch
+
+
+@functools.cache
+def step_of(optimizer: experiment.Optimizer, steps: int) -> Any:
+    tx = training.make_optimizer(optimizer, steps)
+    return tx, training.make_train_step(toy.task(), tx, jax.random.key(0))
+
+
+def train(run: loop.Run, batches: Any = toy.batch) -> Any:
+    tx, step = step_of(run.config.optimizer, run.config.steps)
+    new = training.init(toy.adapter(), toy.base(), tx)
+    state = loop.start(run, loop.newest(run), new)
+    return loop.train(run, step, state, toy.base(), batches)
+
+
+def rows(run: loop.Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.log.read_text().splitlines()]
+
+
+def same(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def stopping_at(n: int, kind: int = signal.SIGTERM) -> Any:
+    """Batches whose n-th arrives together with a signal."""
+
+    def batches(at: int) -> Batch:
+        if at == n:
+            os.kill(os.getpid(), kind)
+        return toy.batch(at)
+
+    return batches
+
+
+ACCUMULATED = experiment.Optimizer(learning_rate=1e-2, accumulation=2)
+
+
+@pytest.mark.parametrize("optimizer", [None, ACCUMULATED], ids=["plain", "accumulated"])
+@pytest.mark.parametrize("stop", [0, 2, 5])
+def test_a_stopped_and_resumed_run_ends_bitwise_like_a_straight_one(
+    tmp_path: pathlib.Path, optimizer: Any, stop: int
+):
+    settings = {} if optimizer is None else {"optimizer": optimizer}
+    straight = toy.run_in(tmp_path / "straight", **settings)
+    want, ended_by = train(straight)
+    assert ended_by is None
+    first = toy.run_in(tmp_path / "stopped", **settings)
+    part, ended_by = train(first, stopping_at(stop))
+    assert ended_by == signal.SIGTERM
+    assert int(part.step) == stop + 1
+    again = toy.run_in(tmp_path / "stopped", resume=True, **settings)
+    got, ended_by = train(again)
+    assert ended_by is None
+    same(got, want)
+    assert again.adapter(6).read_bytes() == straight.adapter(6).read_bytes()
+    assert [row["step"] for row in rows(again)] == [1, 2, 3, 4, 5, 6]
+    for new, old in zip(rows(again), rows(straight), strict=True):
+        assert new["lr"] == old["lr"]
+        if optimizer is None:  # a line after a stop covers the batches since it
+            assert new["loss"] == old["loss"]
+
+
+def test_ctrl_c_stops_like_sigterm_and_the_handlers_come_back(tmp_path: pathlib.Path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    state, ended_by = train(toy.run_in(tmp_path), stopping_at(1, signal.SIGINT))
+    assert ended_by == signal.SIGINT
+    assert int(state.step) == 2
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_adapters_are_exported_scaled_with_their_facts(tmp_path: pathlib.Path):
+    run = toy.run_in(tmp_path)
+    state, _ = train(run)
+    assert run.adapter(6).name == "lora_weights_step_00006.safetensors"
+    tensors, metadata = checkpoints.read_tensors(run.adapter(6))
+    assert run.adapter(4).is_file()
+    key = "diffusion_model.transformer_blocks.0.audio_ff.net.0.proj.lora_B.weight"
+    b = state.adapter["blocks"]["audio"]["ff"]["up"]["kernel"]["b"]
+    np.testing.assert_array_equal(tensors[key], 0.5 * b[0].T)
+    assert tensors[key].dtype == np.float32
+    meta = json.loads(metadata["idlora"])
+    assert (meta["step"], meta["rank"], meta["alpha"]) == (6, 2, 1.0)
+
+
+def test_only_the_newest_states_stay(tmp_path: pathlib.Path):
+    run = toy.run_in(tmp_path, save_every=1, keep=2)
+    train(run)
+    assert sorted(int(p.name) for p in run.states.iterdir()) == [5, 6]
+    assert len(list(tmp_path.glob("lora_weights_step_*.safetensors"))) == 6
+
+
+def test_the_log_has_a_line_per_step_with_losses_norm_rate_and_time(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    run = toy.run_in(tmp_path)
+    train(run)
+    first = rows(run)[0]
+    assert set(first) == {
+        "step", "loss", "video_loss", "audio_loss", "grad_norm", "lr", "skipped",
+        "s_per_step",
+    }  # fmt: skip
+    assert first["lr"] == pytest.approx(1e-2)
+    assert first["skipped"] == 0
+    out = capsys.readouterr().out
+    assert "step 6/6 loss" in out
+    assert "s/step ETA 0:00:00" in out
+
+
+def test_the_log_may_skip_steps(tmp_path: pathlib.Path):
+    run = toy.run_in(tmp_path, log_every=4)
+    train(run)
+    assert [row["step"] for row in rows(run)] == [4, 6]
+
+
+def test_an_output_with_a_state_is_not_overwritten(tmp_path: pathlib.Path):
+    train(toy.run_in(tmp_path))
+    with pytest.raises(ValueError, match="add --resume to go on"):
+        train(toy.run_in(tmp_path))
+
+
+def test_resuming_without_a_state_starts_anew(tmp_path: pathlib.Path):
+    state, _ = train(toy.run_in(tmp_path, resume=True))
+    assert int(state.step) == 6
+
+
+def test_resuming_with_other_settings_names_them(tmp_path: pathlib.Path):
+    train(toy.run_in(tmp_path))
+    other = toy.run_in(tmp_path, resume=True, seed=5)
+    with pytest.raises(ValueError, match="seed: saved with 0, now 5"):
+        train(other)
+    moved = toy.run_in(tmp_path, resume=True)
+    moved = loop.Run(moved.config, moved.meta, {"base": "other"})
+    with pytest.raises(ValueError, match="base: saved with 'hash', now 'other'"):
+        train(moved)
+
+
+def test_a_finished_run_may_go_on_for_more_steps(tmp_path: pathlib.Path):
+    train(toy.run_in(tmp_path))
+    state, _ = train(toy.run_in(tmp_path, resume=True, steps=8))
+    assert int(state.step) == 8
+
+
+def test_a_damaged_state_is_refused(tmp_path: pathlib.Path):
+    run = toy.run_in(tmp_path)
+    train(run)
+    for file in (run.states / "6" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(ValueError, match="delete it to resume from an older one"):
+        train(toy.run_in(tmp_path, resume=True))
+
+
+def poisoned(*at: int) -> Any:
+    """Batches of which some hold a NaN."""
+
+    def batches(n: int) -> Batch:
+        made = toy.batch(n)
+        bad = made.audio.at[0, 0, 0, 0].set(jnp.nan)
+        return made._replace(audio=bad) if n in at else made
+
+    return batches
+
+
+def test_single_steps_that_are_not_finite_are_counted_and_passed_over(
+    tmp_path: pathlib.Path,
+):
+    run = toy.run_in(tmp_path)
+    state, _ = train(run, poisoned(1, 3))
+    assert [row["skipped"] for row in rows(run)] == [0, 1, 0, 1, 0, 0]
+    assert rows(run)[1]["loss"] is None
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.adapter))
+
+
+def test_several_steps_in_a_row_that_are_not_finite_end_the_run(
+    tmp_path: pathlib.Path,
+):
+    run = toy.run_in(tmp_path)
+    with pytest.raises(loop.NotFiniteError, match="3 times in a row up to step 5"):
+        train(run, poisoned(2, 3, 4, 5))
+    want, _ = train(toy.run_in(tmp_path / "short", steps=6), stopping_at(1))
+    got, _ = checkpoints.read_tensors(run.adapter(5))
+    scaled = adapters.scale(want.adapter, 0.5)
+    b = scaled["blocks"]["audio"]["ff"]["up"]["kernel"]["b"]
+    key = "diffusion_model.transformer_blocks.0.audio_ff.net.0.proj.lora_B.weight"
+    np.testing.assert_array_equal(got[key], b[0].T)
+
+
+def test_a_run_on_another_thread_ignores_signals(tmp_path: pathlib.Path):
+    import threading
+
+    done: list[Any] = []
+    thread = threading.Thread(target=lambda: done.append(train(toy.run_in(tmp_path))))
+    thread.start()
+    thread.join()
+    assert int(done[0][0].step) == 6
