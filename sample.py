@@ -14,13 +14,13 @@ import sys
 
 from tqdm import tqdm
 
-from idlora_jax import experiment
+from idlora_jax import commandline
 from idlora_jax.experiment import SampleConfig
 
 
 def main() -> None:
     """Check the inputs, sample, write."""
-    config = experiment.parse(sys.argv[1:], SampleConfig)
+    config = commandline.parse(sys.argv[1:], SampleConfig)
     # Imports jax: later than the command line, so that its mistakes answer at once.
     from idlora_jax import sampling
 
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    experiment.guarded(main)
+    commandline.guarded(main)

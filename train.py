@@ -13,13 +13,13 @@ from __future__ import annotations
 import signal
 import sys
 
-from idlora_jax import experiment
+from idlora_jax import commandline
 from idlora_jax.experiment import TrainConfig
 
 
 def main() -> int:
     """Check the inputs, train, say where the adapter is."""
-    config = experiment.parse(sys.argv[1:], TrainConfig)
+    config = commandline.parse(sys.argv[1:], TrainConfig)
     # Imports jax: later than the command line, so that its mistakes answer at once.
     from idlora_jax import fitting
 
@@ -33,4 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    experiment.guarded(main)
+    commandline.guarded(main)

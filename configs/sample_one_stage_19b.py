@@ -5,8 +5,8 @@ at layer 29, bimodal 3, 30 Euler steps. The negative prompt is our own short one
 the published one by --negative-prompt.
 Hardware: the transformer alone is 38 GB in bfloat16. Not run by us: no expected result.
 
-    python sample.py --config configs/sample_one_stage_19b.py --lora adapter.safetensors \
-        --reference-audio voice.wav --first-frame face.png \
+    python sample.py --config configs/sample_one_stage_19b.py \
+        --lora adapter.safetensors --reference-audio voice.wav --first-frame face.png \
         --prompt "[VISUAL]: ... [SPEECH]: ... [SOUNDS]: ..." --output-dir out/
 """
 

@@ -29,7 +29,7 @@ import tyro
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from idlora_jax import experiment, fitting, media, presets, sampling, tiny
+from idlora_jax import commandline, fitting, media, presets, sampling, tiny
 from idlora_jax.data import manifest as manifests
 from idlora_jax.data import preprocess, synthetic
 from idlora_jax.data.preprocess import Outcome
@@ -293,4 +293,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    experiment.guarded(main)
+    commandline.guarded(main)

@@ -3,8 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of what these tests cost, and their arrays are tiny: LLVM's optimiser
-# would take longer than it saves.
+# Compiling is most of what these tests cost, and their arrays are tiny: LLVM's
+# optimiser would take longer than it saves.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax

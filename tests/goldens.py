@@ -19,7 +19,7 @@ FOLDER = pathlib.Path(
 
 
 class Golden(NamedTuple):
-    """One recorded file: `w.*`, `in.*`, `out.*` without their prefixes, and metadata."""
+    """One recorded file: `w.*`, `in.*`, `out.*` without prefixes, and metadata."""
 
     name: str
     case: str
@@ -47,7 +47,7 @@ def load(path: pathlib.Path) -> Golden:
     groups: dict[str, dict[str, np.ndarray]] = {"w": {}, "in": {}, "out": {}}
     with safe_open(path, framework="numpy") as file:
         meta = file.metadata() or {}
-        for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+        for key in file.keys():
             group, _, name = key.partition(".")
             groups.setdefault(group, {})[name] = file.get_tensor(key)
     weights = groups["w"]

@@ -13,7 +13,7 @@ LIBRARY = ROOT / "idlora_jax"
 
 LEVELS = (
     "__init__ types config config_codecs config_text files images mel sound media "
-    "experiment presets",
+    "experiment commandline presets",
     "geometry schedules adapters guidance solvers losses parallel",
     "streams",
     "denoise strategies model.*",

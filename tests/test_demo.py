@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from idlora_jax import demo, experiment, media, presets
+from idlora_jax import commandline, demo, media, presets
 from idlora_jax.data import latents
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -103,7 +103,7 @@ def test_a_folder_that_the_demo_did_not_make_is_left_alone(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train/mine.txt").write_text("mine")
     with pytest.raises(SystemExit) as ended:
-        experiment.guarded(lambda: demo.main(["--output", str(tmp_path)]))
+        commandline.guarded(lambda: demo.main(["--output", str(tmp_path)]))
     assert ended.value.code == 1
     assert [p.name for p in tmp_path.rglob("*")] == ["train", "mine.txt"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from idlora_jax import experiment
+from idlora_jax import commandline, experiment
 from idlora_jax.experiment import Optimizer, SampleConfig, Strategy, TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,13 +34,13 @@ def file(tmp_path: pathlib.Path) -> str:
 
 
 def parsed(file: str, *argv: str) -> TrainConfig:
-    return experiment.parse(["--config", file, *argv], TrainConfig)
+    return commandline.parse(["--config", file, *argv], TrainConfig)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str, kind: Any = None) -> str:
     """What is printed for a usage error."""
     with pytest.raises(SystemExit) as caught:
-        experiment.parse(argv, kind or TrainConfig)
+        commandline.parse(argv, kind or TrainConfig)
     assert caught.value.code == 2
     return capsys.readouterr().err
 
@@ -147,7 +147,7 @@ def test_the_file_of_another_script_is_refused(file: str, capsys: Any):
 def test_help_lists_the_options_and_ends_well(file: str, capsys: Any):
     for argv in (["--help"], ["--config", file, "--help"]):
         with pytest.raises(SystemExit) as caught:
-            experiment.parse(argv, TrainConfig)
+            commandline.parse(argv, TrainConfig)
         assert not caught.value.code
         assert "--optimizer.learning-rate" in capsys.readouterr().out
 
@@ -155,7 +155,7 @@ def test_help_lists_the_options_and_ends_well(file: str, capsys: Any):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=str)
 def test_every_shipped_configuration_loads(path: pathlib.Path):
     kind: Any = SampleConfig if "sample" in path.stem else TrainConfig
-    config = experiment.load_config(path, kind)
+    config = commandline.load_config(path, kind)
     assert dataclasses.is_dataclass(config)
     script = "sample.py" if kind is SampleConfig else "train.py"
     assert f"python {script} --config configs/{path.name}" in path.read_text()
@@ -190,11 +190,11 @@ def test_wrong_input_ends_in_one_message_and_status_1(capsys: Any):
         raise ValueError("clip: got 0 frames, expected 9")
 
     with pytest.raises(SystemExit) as caught:
-        experiment.guarded(fails)
+        commandline.guarded(fails)
     assert caught.value.code == 1
     assert capsys.readouterr().err == "error: clip: got 0 frames, expected 9\n"
     with pytest.raises(SystemExit) as caught:
-        experiment.guarded(lambda: 143)
+        commandline.guarded(lambda: 143)
     assert caught.value.code == 143
 
 

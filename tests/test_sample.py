@@ -17,7 +17,7 @@ import pytest
 from idlora_jax import (
     adapters,
     checkpoints,
-    experiment,
+    commandline,
     guidance,
     media,
     sampling,
@@ -235,7 +235,7 @@ RANGES = {
 def run(monkeypatch: Any, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        experiment.guarded(script().main)
+        commandline.guarded(script().main)
     return end.value.code
 
 
@@ -321,7 +321,7 @@ def test_a_failing_write_leaves_nothing_behind(files, tmp_path, monkeypatch):
 
 
 def test_the_shipped_configuration_is_the_published_one_at_a_tiny_size():
-    c = experiment.load_config(CONFIG, SampleConfig)
+    c = commandline.load_config(CONFIG, SampleConfig)
     assert c.steps == 30
     (stage,) = sampling.plan_of(c).stages
     scales = dict(zip((t.name for t in stage.terms), stage.scales, strict=True))

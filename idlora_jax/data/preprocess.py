@@ -33,7 +33,7 @@ import tyro
 from jaxtyping import Array, Float, Float32, UInt8
 from tqdm import tqdm
 
-from idlora_jax import codecs, experiment, geometry, media, prompts, sound
+from idlora_jax import codecs, commandline, geometry, media, prompts, sound
 from idlora_jax.config_codecs import AudioVAEConfig, VideoVAEConfig
 from idlora_jax.data import layout, manifest, tokenize
 from idlora_jax.data.latents import AUDIO, REFERENCE, TEXT, VIDEO
@@ -324,8 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes = run(options)
     print(summary(outcomes, options.output))
     failed = any(outcome.state == "rejected" for outcome in outcomes)
-    return experiment.FAILURE if failed else 0
+    return commandline.FAILURE if failed else 0
 
 
 if __name__ == "__main__":
-    experiment.guarded(main)
+    commandline.guarded(main)

@@ -60,7 +60,9 @@ def choose(backend: Backend, q: Array, bias: Array | None) -> Literal["xla", "cu
     return "xla"
 
 
-def _xla(q: Array, k: Array, v: Array, bias: Array | None, length: Array | None):  # noqa: ANN202
+def _xla(
+    q: Array, k: Array, v: Array, bias: Array | None, length: Array | None
+) -> Array:
     """Plain attention; long sequences go a chunk of queries at a time."""
     batch, rows, heads, _ = q.shape
     call = functools.partial(
@@ -106,10 +108,11 @@ def attend(
     bias4 = None if bias is None else bias[:, None].astype(q.dtype)
     if choose(backend, q, bias) == "xla":
         return _xla(q, k, v, bias4, length)
-    lengths = {} if length is None else {"key_value_seq_lengths": length}
-    if length is not None:
-        lengths["query_seq_lengths"] = jnp.full_like(length, q.shape[1])
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
+    call = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if length is None:
+        return call(q, k, v)
+    rows = jnp.full_like(length, q.shape[1])
+    return call(q, k, v, query_seq_lengths=rows, key_value_seq_lengths=length)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))

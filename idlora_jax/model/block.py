@@ -125,7 +125,9 @@ class Half(nn.Module):
         if cfg.text_adaln:
             self.prompt_table = self.param("prompt_table", init, (2, own.width))
 
-    def attend_self(self, x: Array, m: Modality, skip: bool, bias: Array | None):  # noqa: ANN201
+    def attend_self(
+        self, x: Array, m: Modality, skip: bool, bias: Array | None
+    ) -> Array:
         """Add self-attention; a skipped one is dropped (2.0) or passes values (2.3)."""
         if skip and self.cfg.skipped_self_attention == "drop":
             return x
@@ -147,7 +149,7 @@ class Half(nn.Module):
             return x + self.text_attn(rms_norm(x, self.cfg.norm_eps), m.text, **kwargs)
         shift, scale, gate = pick(self.table[6:9], m.ada[:, :, 6:9], m.denoise)
         h = modulate(x, scale, shift, self.cfg.norm_eps)
-        assert m.prompt_ada is not None
+        assert m.prompt_ada is not None and m.text is not None
         text_shift, text_scale = pick(self.prompt_table, m.prompt_ada, m.denoise)
         text = m.text * (1 + text_scale) + text_shift
         return x + self.text_attn(h, text, **kwargs) * gate
@@ -159,15 +161,15 @@ class Half(nn.Module):
         scale, shift = pick(self.cross_table[rows], m.cross_ada[:, :, rows], m.denoise)
         return h * (1 + scale) + shift
 
-    def cross_update(  # noqa: ANN201
+    def cross_update(
         self,
         q: Array,
         kv: Array,
         m: Modality,
         rope: Rope | None,
-        bias,
-        length,  # noqa: ANN001
-    ):
+        bias: Array | None,
+        length: Array | None,
+    ) -> Array:
         """What attention to the other modality adds."""
         assert m.cross_gate is not None
         (gate,) = pick(self.cross_table[4:], m.cross_gate, m.denoise)
@@ -211,7 +213,7 @@ class AVBlock(nn.Module):
             length = cond.audio.length if work.video_sees_ref else None
             q = halves.video.cross_side(normed.video, cond.video, True)
             kv = halves.audio.cross_side(normed.audio, cond.audio, True)
-            rope, a2v = cond.audio.cross_rope[keys], bias.a2v
+            rope, a2v = cond.audio.cross_rope.of(keys), bias.a2v
             video = video + halves.video.cross_update(
                 q, kv[:, keys], cond.video, rope, a2v, length
             )

@@ -16,7 +16,7 @@ def along_last(v: Array | np.ndarray, x: Float[Array, "... D"]) -> Array:
 
 
 class Dense(nn.Module):
-    """`x @ kernel + bias`, plus `(x @ a) @ b` where the `lora` collection has this path.
+    """`x @ kernel + bias`, plus `(x @ a) @ b` where the `lora` collection has the path.
 
     The computation runs in the dtype of `x`; parameters are cast to it at use.
     """

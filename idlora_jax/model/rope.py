@@ -33,7 +33,7 @@ class Rope(NamedTuple):
     cos: Float[Array, "B T N K2"]
     sin: Float[Array, "B T N K2"]
 
-    def __getitem__(self, rows: slice) -> Rope:  # pyright: ignore
+    def of(self, rows: slice) -> Rope:
         """The tables of some tokens."""
         return Rope(self.cos[:, rows], self.sin[:, rows])
 

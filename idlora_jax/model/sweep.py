@@ -88,8 +88,8 @@ def _first(m: Modality, n: int) -> Modality:
     rows = slice(n)
     return m._replace(
         denoise=m.denoise[:, rows],
-        rope=m.rope[rows],
-        cross_rope=None if m.cross_rope is None else m.cross_rope[rows],
+        rope=m.rope.of(rows),
+        cross_rope=None if m.cross_rope is None else m.cross_rope.of(rows),
         length=None,
     )
 

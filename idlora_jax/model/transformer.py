@@ -28,7 +28,17 @@ from idlora_jax.model.block import AVBlock, Modality, Work
 from idlora_jax.model.ends import Ends, timestep_frequencies
 from idlora_jax.model.spans import Mode, checked
 from idlora_jax.model.sweep import Call, Remat, run_layers
-from idlora_jax.types import AV, Bias, Branch, Numerics, Prompt, Skip, Tree, each
+from idlora_jax.types import (
+    AV,
+    Bias,
+    Branch,
+    Numerics,
+    Prompt,
+    Skip,
+    Stream,
+    Tree,
+    each,
+)
 
 
 class Prepared(NamedTuple):
@@ -53,6 +63,13 @@ def _ends(cfg: TransformerConfig) -> AV:
 
 def _at(variables: Mapping[str, Tree], name: str) -> dict[str, Tree]:
     return {c: tree[name] for c, tree in variables.items() if name in tree}
+
+
+def _call(
+    ends: Ends, variables: Mapping[str, Tree], name: str, method: str, *args: Any
+) -> Any:
+    """A method of one modality's `Ends`, with its parameters and adapters."""
+    return ends.apply(_at(variables, name), *args, method=method)
 
 
 def _dummy_modality(cfg: TransformerConfig, name: str) -> tuple[Array, Modality]:
@@ -148,7 +165,7 @@ def _project_prompt(
     cfg: TransformerConfig, variables: Mapping[str, Tree], prompt: Prompt
 ) -> Prompt:
     def one(text: Array, ends: Ends, name: str) -> Array:
-        return ends.apply(_at(variables, name), text, method="text")  # pyright: ignore
+        return _call(ends, variables, name, "text", text)
 
     pair = AV(prompt.video, prompt.audio)
     return Prompt(*each(one, pair, _ends(cfg), AV("video", "audio")), prompt.mask)
@@ -165,9 +182,17 @@ def _modality_conditions(
     both = streams.video is not None and streams.audio is not None
     others = AV(sigma.audio, sigma.video) if both else AV(None, None)
 
-    def one(s, ends, name, own, other, table, cross):  # noqa: ANN001, ANN202
+    def one(
+        s: Stream,
+        ends: Ends,
+        name: str,
+        own: Array,
+        other: Array | None,
+        table: rope.Rope,
+        cross: rope.Rope,
+    ) -> tuple[Modality, Array]:
         args = (own, other, prepared.freqs, s.x.dtype)
-        out = ends.apply(_at(variables, name), *args, method="modulations")
+        out = _call(ends, variables, name, "modulations", *args)
         ada, embedded, prompt_ada, cross_ada, cross_gate = out
         m = Modality(
             ada=ada,
@@ -249,14 +274,15 @@ def apply(
     Source: ltx_core/model/transformer/model.py: LTXModel.forward.
     """
     counts = _counts(streams, targets)
-    any_ref = any(s is not None and s.x.shape[1] > n for s, n in zip(streams, counts))  # noqa: B905
+    pairs = zip(streams, counts, strict=True)
+    any_ref = any(s is not None and s.x.shape[1] > n for s, n in pairs)
     tidy = checked(branches, cfg.layers, any_ref=any_ref)
     bias = bias or Bias()
     cond, embedded = _modality_conditions(cfg, variables, prepared, streams, sigma)
     names = AV("video", "audio")
     ends = _ends(cfg)
     x = each(
-        lambda s, e, n: e.apply(_at(variables, n), s.x, method="tokens"),
+        lambda s, e, n: _call(e, variables, n, "tokens", s.x),
         streams,
         ends,
         names,
@@ -266,10 +292,10 @@ def apply(
     call = Call(cfg, block, variables, cond, prompts, tidy, counts, bias, mode)
     states = run_layers(call, x, remat, scanned)
 
-    def velocity(h, e, n, emb, s):  # noqa: ANN001, ANN202
+    def velocity(h: Array, e: Ends, n: str, emb: Array, s: Stream) -> Array:
         rows = h.shape[1]
         args = (h, emb, s.denoise[:, :rows])
-        out = e.apply(_at(variables, n), *args, method="velocity")
+        out = _call(e, variables, n, "velocity", *args)
         return _padded(out, s.x.shape[1])
 
     done: dict[int, AV] = {}

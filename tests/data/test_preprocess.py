@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from idlora_jax import experiment, geometry, media, prompts
+from idlora_jax import commandline, geometry, media, prompts
 from idlora_jax.data import latents, layout, preprocess, synthetic
 from idlora_jax.model import video_vae
 
@@ -220,7 +220,7 @@ def arguments(clips, tiny_model, *more):
 
 def status(argv):
     with pytest.raises(SystemExit) as ended:
-        experiment.guarded(lambda: preprocess.main(argv))
+        commandline.guarded(lambda: preprocess.main(argv))
     return ended.value.code
 
 
