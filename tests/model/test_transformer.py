@@ -98,6 +98,7 @@ def test_permuting_tokens_permutes_outputs(generation: str):
     close(got, each(lambda x, order: x[:, order], usual, orders))
 
 
+@pytest.mark.slow
 @generations
 def test_audio_alone_equals_audio_that_video_does_not_touch(generation: str):
     s = pair()._replace(video=None)
@@ -108,6 +109,7 @@ def test_audio_alone_equals_audio_that_video_does_not_touch(generation: str):
     close(AV(None, alone.audio), AV(None, outputs(generation)["apart"].audio))
 
 
+@pytest.mark.slow
 @generations
 def test_video_alone_equals_video_that_audio_does_not_touch(generation: str):
     s = pair()._replace(audio=None)
@@ -117,6 +119,7 @@ def test_video_alone_equals_video_that_audio_does_not_touch(generation: str):
     close(alone, AV(outputs(generation)["apart"].video, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("generation", "mode"), [("2.0", "pair"), ("2.0", "batch"), ("2.3", "batch")]
 )
