@@ -1,0 +1,112 @@
+"""Adapter files: exact round trips, recorded facts, and refusals that name the file."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_transformer as small
+from safetensors.numpy import load_file, save_file
+
+from idlora_jax import adapters, checkpoints
+from idlora_jax.checkpoints import AdapterMeta
+
+
+@pytest.fixture(scope="module")
+def base():
+    return small.base("2.0")
+
+
+@pytest.fixture
+def adapter(base):
+    shapes = jax.eval_shape(lambda k: adapters.init(k, base, 3), jax.random.key(0))
+    return small.random_like(shapes, 1)
+
+
+def test_a_saved_adapter_comes_back_with_what_was_recorded(tmp_path, base, adapter):
+    meta = AdapterMeta(
+        generation="2.0", base_hash="ab", rank=3, alpha=6.0, targets=("x",), step=7
+    )
+    saved = checkpoints.save_adapter(tmp_path / "a.safetensors", adapter, meta)
+    loaded, about = checkpoints.load_adapter(tmp_path / "a.safetensors", base)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
+    assert about == saved
+    assert (about.step, about.targets, len(about.content_hash)) == (7, ("x",), 64)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "a.safetensors"]
+
+
+def test_the_hash_is_that_of_the_tensors_alone(tmp_path, adapter):
+    first, second = (
+        checkpoints.save_adapter(tmp_path / f"{n}.safetensors", adapter, AdapterMeta(n))
+        for n in ("2.0", "2.3")
+    )
+    assert first.content_hash == second.content_hash
+    changed = adapters.scale(adapter, 2.0)
+    third = checkpoints.save_adapter(tmp_path / "c", changed, AdapterMeta())
+    assert third.content_hash != first.content_hash
+
+
+def test_the_keys_are_those_other_tools_read(tmp_path, adapter):
+    checkpoints.save_adapter(tmp_path / "a.safetensors", adapter, AdapterMeta())
+    keys = load_file(tmp_path / "a.safetensors").keys()
+    assert "diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_A.weight" in keys
+    assert "diffusion_model.transformer_blocks.1.audio_ff.net.2.lora_B.weight" in keys
+    assert len(keys) == 18 * 2 * small.LAYERS
+
+
+@pytest.mark.parametrize("recorded", ["not json", "[1, 2]", '{"unknown": 1}', None])
+def test_files_of_others_and_odd_metadata_are_read(tmp_path, base, adapter, recorded):
+    path = tmp_path / "a.safetensors"
+    checkpoints.save_adapter(path, adapter, AdapterMeta())
+    meta = None if recorded is None else {"idlora": recorded}
+    save_file(load_file(path), path, metadata=meta)
+    _, about = checkpoints.load_adapter(path, base)
+    assert (about.rank, about.generation) == (3, "")
+    assert about.content_hash == checkpoints.file_hash(path)
+
+
+def test_a_truncated_absent_or_unfitting_file_is_named(tmp_path, base, adapter):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match=r"a\.safetensors: no such file"):
+        checkpoints.load_adapter(path, base)
+    checkpoints.save_adapter(path, adapter, AdapterMeta())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.safetensors: not a complete"):
+        checkpoints.load_adapter(path, base)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"a\.safetensors: .*does not fit"):
+        checkpoints.load_adapter(path, {**base, **_one()})
+    tensors = load_file(path)
+    save_file({**tensors, "diffusion_model.nose.lora_A.weight": np.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"diffusion_model\.nose\.lora_A\.weight"):
+        checkpoints.load_adapter(path, base)
+
+
+def _one():
+    return {"blocks": {"audio": {"ff": {"up": {"kernel": np.ones((2, 16, 64))}}}}}
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, adapter, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save_adapter(tmp_path / "a.safetensors", adapter, AdapterMeta())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_state_comes_back_bitwise(tmp_path):
+    state = {"a": jnp.arange(6.0), "step": jnp.int32(3)}
+    assert checkpoints.latest(tmp_path / "state") is None
+    for step in (1, 2, 3):
+        checkpoints.save_state(tmp_path / "state", step, state, {"n": step}, keep=2)
+    assert checkpoints.latest(tmp_path / "state") == 3
+    assert checkpoints.state_meta(tmp_path / "state", 2) == json.loads('{"n": 2}')
+    back = checkpoints.restore_state(tmp_path / "state", 3, state)
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    with pytest.raises(ValueError, match="damaged or of another adapter"):
+        checkpoints.restore_state(tmp_path / "state", 3, {"a": jnp.zeros((7, 2))})
