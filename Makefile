@@ -19,7 +19,7 @@ demo: $(VENV)/core.stamp
 	$(BIN)/python -m idlora_jax.demo $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
