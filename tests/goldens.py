@@ -42,6 +42,18 @@ def files() -> list[pathlib.Path]:
     return sorted(FOLDER.glob("*.safetensors"))
 
 
+@functools.cache
+def of_case(case: str, generation: str) -> tuple[pathlib.Path, ...]:
+    """The files of a case and generation, by what they say, not by their names."""
+    found = []
+    for path in files():
+        with safe_open(path, framework="numpy") as file:
+            meta = file.metadata() or {}
+        if (meta.get("case"), meta.get("generation")) == (case, generation):
+            found.append(path)
+    return tuple(found)
+
+
 @functools.lru_cache(maxsize=4)
 def load(path: pathlib.Path) -> Golden:
     groups: dict[str, dict[str, np.ndarray]] = {"w": {}, "in": {}, "out": {}}

@@ -22,11 +22,13 @@ _SINUSOIDS = 128
 
 
 def timestep_frequencies() -> np.ndarray:
-    """10000^(-j/128) for j < 128 as the reference rounds them, float32.
+    """10000^(-j/128) for j < 128 as the recorded reference rounds them, float32.
 
     Timesteps reach 1000, so one unit in the last place of a frequency moves a phase by
     up to 6e-5. The weights were trained with float32 exponents, so both numerics modes
-    use these; the reference's expf is one unit above the rounded value at j = 12.
+    use these. An expf may round either way: the recordings have the value at j = 12 one
+    unit above the nearest (found from their embeddings; torch on another processor
+    differs at other j instead). It moves one of 128 phases by at most 3e-5.
 
     Source: ltx_core/model/transformer/timestep_embedding.py: get_timestep_embedding.
     """
