@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from idlora_jax.types import Tree
 
+Mode = Literal["zeros", "edge", "reflect", "wrap"]
+
 
 @dataclass(frozen=True)
 class Pad:
@@ -26,7 +28,7 @@ class Pad:
 
     before: int = 0
     after: int = 0
-    mode: Literal["zeros", "edge", "reflect"] = "zeros"
+    mode: Mode = "zeros"
 
 
 def pad(x: Float[Array, "B *X C"], pads: Sequence[Pad]) -> Float[Array, "B *Y C"]:
@@ -50,23 +52,26 @@ def _numbers(ndim: int) -> tuple[str, str, str]:
 def conv(
     x: Float[Array, "B *X I"],
     kernel: Float[Array, "*K I O"],
-    bias: Float[Array, " O"],
+    bias: Float[Array, " O"] | None,
     pads: Sequence[Pad],
     *,
-    stride: int = 1,
+    stride: int | tuple[int, ...] = 1,
     dilation: int = 1,
 ) -> Float[Array, "B *Y O"]:
-    """Convolve, with the same stride and dilation along every axis."""
+    """Convolve; a stride or dilation that is one number holds along every axis."""
     space = x.ndim - 2
+    strides = stride if isinstance(stride, tuple) else (stride,) * space
     zeros = [(p.before, p.after) if p.mode == "zeros" else (0, 0) for p in pads]
     y = jax.lax.conv_general_dilated(
         pad(x, pads),
         kernel.astype(x.dtype),
-        (stride,) * space,
+        strides,
         zeros,
         rhs_dilation=(dilation,) * space,
         dimension_numbers=_numbers(x.ndim),
     )
+    if bias is None:
+        return y
     return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -94,20 +99,22 @@ def conv_transpose(
 
 
 class Conv(nn.Module):
-    """`conv` with its parameters, `kernel` and `bias`."""
+    """`conv` with its parameters, `kernel` and `bias` (unless `use_bias` is False)."""
 
     features: int
     size: tuple[int, ...]
     pads: tuple[Pad, ...]
-    stride: int = 1
+    stride: int | tuple[int, ...] = 1
     dilation: int = 1
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *X I"]) -> Float[Array, "B *Y O"]:
         """Map the channels to `features`."""
         shape = (*self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        zeros = nn.initializers.zeros
+        bias = self.param("bias", zeros, (self.features,)) if self.use_bias else None
         strides = {"stride": self.stride, "dilation": self.dilation}
         return conv(x, kernel, bias, self.pads, **strides)
 
@@ -128,14 +135,18 @@ class ConvTranspose(nn.Module):
         return conv_transpose(x, kernel, bias, self.stride)
 
 
-def init(module: nn.Module, key: PRNGKeyArray, shape: tuple[int, ...]) -> Tree:
+def init(
+    module: nn.Module, key: PRNGKeyArray, shape: tuple[int, ...], *others: Any
+) -> Tree:
     """Random float32 parameters of a module that maps an array of this shape.
+
+    `others` are its further arguments, or things with their shapes.
 
     Kernels are normal with variance 1 / fan-in, biases 0. All kernels come from one
     draw: compiling a draw per shape takes fifteen times as long on CPU (measured).
     """
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    shapes = jax.eval_shape(module.init, key, x)["params"]
+    shapes = jax.eval_shape(module.init, key, x, *others)["params"]
     leaves, structure = jax.tree.flatten(shapes)
     draw = jax.random.normal(key, (sum(s.size for s in leaves),))
     out, start = [], 0
@@ -147,6 +158,8 @@ def init(module: nn.Module, key: PRNGKeyArray, shape: tuple[int, ...]) -> Tree:
     return jax.tree.unflatten(structure, out)
 
 
-def run(module: Any, params: Tree, x: Float[Array, "B *X I"]) -> Float[Array, "B *Y O"]:
-    """Apply a Linen module to one array."""
-    return module.apply({"params": params}, x)
+def run(
+    module: Any, params: Tree, x: Float[Array, "B *X I"], *others: Any
+) -> Float[Array, "B *Y O"]:
+    """Apply a Linen module to one array, and its further arguments."""
+    return module.apply({"params": params}, x, *others)

@@ -1,142 +1,82 @@
 """The video VAE: pixels [B F H W 3] in [-1, 1] <-> latents [B f h w C], normalised.
 
-    encode  pixels -> 4x4 patches as channels -> stages -> means -> (x - mean) / std
-    decode  x * std + mean -> stages -> patches back to pixels
+    encode  pixels -> 4x4 patches as channels -> blocks -> means -> (x - mean) / std
+    decode  x * std + mean -> blocks -> patches back to pixels
 
-A stage is residual blocks (pixel norm, SiLU, 3x3x3 convolution, twice) or a resampling.
-Resampling rearranges instead of striding: after a convolution, blocks of p x q x r
-cells become channels (down) or channels become such blocks (up). On the way down, and
-on the way up where the file says so, the input rearranged alike is added: as the mean
-of channel groups, or repeated, so that its channel count fits.
+The blocks are in `video_blocks`. F = 8k + 1 frames become f = k + 1 latent frames, the
+first of which stands for the first frame alone. The encoder is causal: convolutions see
+the past, extended by repeating the first frame, and a halving first repeats that frame.
+The decoder sees both sides (unless the file says causal), and drops the first frame
+after each doubling.
 
-Time. F = 8k + 1 frames become f = k + 1 latent frames, the first of which stands for
-the first frame alone. The encoder is causal: convolutions see the past, extended by
-repeating the first frame, and a halving first repeats that frame. The decoder sees both
-sides (unless the file says causal), and drops the first frame after each doubling.
+A decoder may be a last denoising step: it mixes noise into the latent, is told the
+timestep, and injects noise between its layers. All of it comes in as `Draws`, from
+`draw` or recorded.
+
+Long or large clips go through tiles: see `video_tiles`.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Float32, PRNGKeyArray, UInt8
 
-from idlora_jax.config_codecs import (
-    Block,
-    Resample,
-    Residual,
-    SpatialPadding,
-    Stride,
-    VideoVAEConfig,
-)
+from idlora_jax.config_video_vae import VideoVAEConfig
 from idlora_jax.model import conv
-from idlora_jax.model.conv import Conv, Pad
-from idlora_jax.model.layers import rms_norm
+from idlora_jax.model.conv import Conv
+from idlora_jax.model.ends import timestep_frequencies
+from idlora_jax.model.video_blocks import (
+    SIZE,
+    Down,
+    Maps,
+    Style,
+    TimeEmbedding,
+    Up,
+    modulation,
+    normed,
+    run_block,
+)
 from idlora_jax.types import Tree
 
-EPS = 1e-8
-SIZE = (3, 3, 3)
-Pads = tuple[Pad, Pad, Pad]
+DECODE_TIMESTEP = 0.05
+"""The noise level that a timestep-conditioned decoder is told, unless given."""
+DECODE_NOISE = 0.025
+"""How much of the latent such a decoder replaces with noise."""
+TIMESTEP_SCALE = 1000.0
 
 
-def _pads(causal: bool, spatial: SpatialPadding) -> Pads:
-    time = Pad(2, 0, "edge") if causal else Pad(1, 1, "edge")
-    return time, Pad(1, 1, spatial), Pad(1, 1, spatial)
+class Draws(NamedTuple):
+    """The noise that a decoder uses, normal with unit variance.
+
+    `latent` [B f h w C] is mixed into the latent (None where the decoder has no
+    timestep); `maps` are injected one after the other, the same for all frames and
+    clips, each [k h, k w] with k from `VideoVAEConfig.noise_factors`.
+    """
+
+    latent: Float[Array, "B f h w C"] | None
+    maps: tuple[Float[Array, "_ _"], ...]
 
 
-def space_to_depth(
-    x: Float[Array, "B F H W C"], stride: Stride
-) -> Float[Array, "B f h w D"]:
-    """Blocks of `stride` cells -> channels, [B F/p H/q W/r C*p*q*r], block fastest."""
-    p, q, r = stride
-    pattern = "b (f p) (h q) (w r) c -> b f h w (c p q r)"
-    return rearrange(x, pattern, p=p, q=q, r=r)
+def draw(key: PRNGKeyArray, cfg: VideoVAEConfig, shape: tuple[int, ...]) -> Draws:
+    """Draw what decoding a latent of this shape [B f h w C] needs; often nothing."""
+    sizes = [(n * shape[2], n * shape[3]) for n in cfg.noise_factors]
+    if not cfg.timestep_conditioning:
+        return Draws(None, _normal(key, sizes))
+    latent, *maps = _normal(key, [shape, *sizes])
+    return Draws(latent, tuple(maps))
 
 
-def depth_to_space(
-    x: Float[Array, "B f h w D"], stride: Stride
-) -> Float[Array, "B F H W C"]:
-    """The inverse of `space_to_depth`."""
-    p, q, r = stride
-    pattern = "b f h w (c p q r) -> b (f p) (h q) (w r) c"
-    return rearrange(x, pattern, p=p, q=q, r=r)
-
-
-class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), the width kept."""
-
-    pads: Pads
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B F H W D"]) -> Float[Array, "B F H W D"]:
-        """Map [B F H W D] to the same shape."""
-        h = x
-        for name in ("conv1", "conv2"):
-            h = jax.nn.silu(rms_norm(h, EPS))
-            h = Conv(x.shape[-1], SIZE, self.pads, name=name)(h)
-        return x + h
-
-
-class Stage(nn.Module):
-    """Residual blocks one after the other."""
-
-    block: Residual
-    pads: Pads
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B F H W D"]) -> Float[Array, "B F H W D"]:
-        """Map [B F H W D] to the same shape."""
-        for n in range(self.block.layers):
-            x = ResBlock(self.pads, name=f"res_{n}")(x)
-        return x
-
-
-class Down(nn.Module):
-    """Convolution, then `space_to_depth`, plus the grouped means of the input."""
-
-    block: Resample
-    pads: Pads
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B F H W I"]) -> Float[Array, "B f h w O"]:
-        """Reduce [B F H W I] by the block's stride; an odd F is extended in front."""
-        stride, width = self.block.stride, self.block.width_out
-        if stride[0] == 2:
-            x = jnp.concatenate([x[:, :1], x], axis=1)
-        y = Conv(width // math.prod(stride), SIZE, self.pads, name="conv")(x)
-        y = space_to_depth(y, stride)
-        skip = space_to_depth(x, stride)
-        return y + skip.reshape(*y.shape, -1).mean(-1)
-
-
-class Up(nn.Module):
-    """Convolution, then `depth_to_space`, plus the repeated input where asked."""
-
-    block: Resample
-    pads: Pads
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B F H W I"]) -> Float[Array, "B f h w O"]:
-        """Enlarge [B F H W I] by the block's stride; F becomes 2F - 1."""
-        stride, width = self.block.stride, self.block.width_out
-        y = Conv(width * math.prod(stride), SIZE, self.pads, name="conv")(x)
-        y = depth_to_space(y, stride)
-        if self.block.shortcut:
-            skip = depth_to_space(x, stride)
-            y = y + jnp.tile(skip, width // skip.shape[-1])
-        return y[:, 1:] if stride[0] == 2 else y
-
-
-def _blocks(
-    block: Block, resample: type[Down] | type[Up], pads: Pads, name: str
-) -> Stage | Down | Up:
-    if isinstance(block, Residual):
-        return Stage(block, pads, name=name)
-    return resample(block, pads, name=name)
+def _normal(
+    key: PRNGKeyArray, shapes: Sequence[tuple[int, ...]]
+) -> tuple[Float[Array, "*_"], ...]:
+    keys = jax.random.split(key, len(shapes)) if shapes else ()
+    return tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
 
 
 class Encoder(nn.Module):
@@ -147,15 +87,16 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B F H W I"]) -> Float[Array, "B f h w O"]:
         """Encode without normalising."""
-        cfg, pads = self.cfg, _pads(True, self.cfg.encoder_padding)
+        cfg = self.cfg
+        style = Style(True, cfg.encoder_padding, cfg.norm)
         pattern = "b f (h q) (w r) c -> b f h w (c r q)"
         h = rearrange(x, pattern, q=cfg.patch, r=cfg.patch)
-        h = Conv(cfg.latent_channels, SIZE, pads, name="conv_in")(h)
+        h = Conv(cfg.latent_channels, SIZE, style.pads, name="conv_in")(h)
         for n, block in enumerate(cfg.encoder):
-            h = _blocks(block, Down, pads, f"blocks_{n}")(h)
+            h = run_block(block, h, style=style, name=f"blocks_{n}", resample=Down)
         features = cfg.latent_channels + cfg.log_var_channels
-        h = jax.nn.silu(rms_norm(h, EPS))
-        return Conv(features, SIZE, pads, name="conv_out")(h)
+        h = jax.nn.silu(normed(h, cfg.norm, "norm_out"))
+        return Conv(features, SIZE, style.pads, name="conv_out")(h)
 
 
 class Decoder(nn.Module):
@@ -164,46 +105,64 @@ class Decoder(nn.Module):
     cfg: VideoVAEConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B F H W I"]) -> Float[Array, "B f h w O"]:
-        """Decode, unclamped."""
-        cfg, pads = self.cfg, _pads(self.cfg.causal_decoder, self.cfg.decoder_padding)
-        first = cfg.decoder[0]
-        width = first.width if isinstance(first, Residual) else first.width_in
-        h = Conv(width, SIZE, pads, name="conv_in")(x)
+    def __call__(
+        self,
+        x: Float[Array, "B F H W I"],
+        timestep: Float[Array, " B"] | None = None,
+        maps: Maps = (),
+    ) -> Float[Array, "B f h w O"]:
+        """Decode, unclamped; `timestep` and `maps` where the config asks for them."""
+        cfg = self.cfg
+        style = Style(cfg.causal_decoder, cfg.decoder_padding, cfg.norm)
+        t = None if timestep is None else self._sinusoids(timestep).astype(x.dtype)
+        h = Conv(cfg.decoder_width, SIZE, style.pads, name="conv_in")(x)
         for n, block in enumerate(cfg.decoder):
-            h = _blocks(block, Up, pads, f"blocks_{n}")(h)
+            count = block.maps
+            own, maps = maps[:count], maps[count:]
+            more = {"sinusoids": t, "maps": own, "resample": Up}
+            h = run_block(block, h, style=style, name=f"blocks_{n}", **more)
+        h = normed(h, cfg.norm, "norm_out")
+        if t is not None:
+            table = self.param("table", nn.initializers.zeros, (2, h.shape[-1]))
+            embedded = TimeEmbedding(2 * h.shape[-1], name="time")(t)
+            shift, scale = modulation(table, embedded)
+            h = h * (1 + scale) + shift
         features = cfg.out_channels * cfg.patch**2
-        h = jax.nn.silu(rms_norm(h, EPS))
-        h = Conv(features, SIZE, pads, name="conv_out")(h)
+        h = Conv(features, SIZE, style.pads, name="conv_out")(jax.nn.silu(h))
         pattern = "b f h w (c r q) -> b f (h q) (w r) c"
         return rearrange(h, pattern, q=cfg.patch, r=cfg.patch)
 
+    def _sinusoids(self, timestep: Float[Array, " B"]) -> Float32[Array, "B E"]:
+        scale = self.param("timestep_scale", nn.initializers.ones, ())
+        scaled = timestep.astype(jnp.float32) * scale.astype(jnp.float32)
+        angle = scaled[:, None] * jnp.asarray(timestep_frequencies())[None]
+        return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
-def _refuse_conditioning(cfg: VideoVAEConfig) -> None:
-    noisy = any(isinstance(b, Residual) and b.inject_noise for b in cfg.decoder)
-    if cfg.timestep_conditioning or noisy:
-        raise ValueError(
-            "video VAE: this checkpoint's decoder asks for timestep_conditioning = "
-            f"{cfg.timestep_conditioning}, inject_noise = {noisy}; only a decoder "
-            "without either is supported yet"
-        )
+
+def _known(path: Sequence[Any], leaf: Array) -> Array:
+    """Parameters that do not start at random."""
+    name = str(path[-1].key)
+    if name == "scale":
+        return jnp.ones_like(leaf)
+    return jnp.full_like(leaf, TIMESTEP_SCALE) if name == "timestep_scale" else leaf
 
 
 def init(cfg: VideoVAEConfig, key: PRNGKeyArray) -> dict[str, Tree]:
-    """Random parameters, float32: `encoder`, `decoder`, `stats`.
-
-    Raises:
-        ValueError: if the decoder is timestep-conditioned (not supported yet).
-    """
-    _refuse_conditioning(cfg)
+    """Random parameters, float32: `encoder`, `decoder`, `stats`."""
     side = cfg.space_factor
     encoder_key, decoder_key = jax.random.split(key)
     pixels = (1, 1, side, side, cfg.in_channels)
     latent = (1, 1, 1, 1, cfg.latent_channels)
+    like = jax.eval_shape(lambda k: draw(k, cfg, latent), key)
+    timestep = jax.ShapeDtypeStruct((1,), jnp.float32)
+    more = (timestep if cfg.timestep_conditioning else None, like.maps)
+    decoder = conv.init(Decoder(cfg), decoder_key, latent, *more)
     stats = {n: jnp.ones(cfg.latent_channels) for n in cfg.statistics}
     return {
-        "encoder": conv.init(Encoder(cfg), encoder_key, pixels),
-        "decoder": conv.init(Decoder(cfg), decoder_key, latent),
+        "encoder": jax.tree_util.tree_map_with_path(
+            _known, conv.init(Encoder(cfg), encoder_key, pixels)
+        ),
+        "decoder": jax.tree_util.tree_map_with_path(_known, decoder),
         "stats": stats | {"mean": jnp.zeros(cfg.latent_channels)},
     }
 
@@ -224,7 +183,8 @@ def unnormalize(
     return latent * std[None, None, None, None] + mean[None, None, None, None]
 
 
-def _check_pixels(cfg: VideoVAEConfig, shape: tuple[int, ...]) -> None:
+def check_pixels(cfg: VideoVAEConfig, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a video of this shape [B F H W C] can be encoded."""
     frames, *sides = shape[1:4]
     step, unit = cfg.time_factor, cfg.space_factor
     if frames < 1 or (frames - 1) % step:
@@ -270,13 +230,43 @@ def encode(
 
     Source: `ltx_core/model/video_vae/video_vae.py: VideoEncoder`.
     """
-    _check_pixels(cfg, video.shape)
+    check_pixels(cfg, video.shape)
     moments = conv.run(Encoder(cfg), params["encoder"], video)
     return normalize(params["stats"], moments[..., : cfg.latent_channels])
 
 
+def check_latent(
+    cfg: VideoVAEConfig, shape: tuple[int, ...], draws: Draws | None
+) -> None:
+    """Raise ValueError unless a latent of this shape [B f h w C] can be decoded."""
+    if shape[-1] != cfg.latent_channels:
+        raise ValueError(
+            f"video_vae.decode: latent must be [B f h w {cfg.latent_channels}], "
+            f"got shape {shape}"
+        )
+    expected = jax.eval_shape(lambda: draw(jax.random.key(0), cfg, shape))
+    noises = (draws or Draws(None, ()), expected)
+    got, want = ([x.shape for x in jax.tree.leaves(noise)] for noise in noises)
+    if got != want:
+        raise ValueError(
+            f"video_vae.decode: this decoder needs noise of shapes {want}, got {got} "
+            "(use video_vae.draw)"
+        )
+
+
+def _mixed(
+    latent: Float[Array, "B f h w C"], noise: Float[Array, "B f h w C"]
+) -> Float[Array, "B f h w C"]:
+    return DECODE_NOISE * noise.astype(latent.dtype) + (1 - DECODE_NOISE) * latent
+
+
 def decode(
-    cfg: VideoVAEConfig, params: Tree, latent: Float[Array, "B f h w C"]
+    cfg: VideoVAEConfig,
+    params: Tree,
+    latent: Float[Array, "B f h w C"],
+    *,
+    draws: Draws | None = None,
+    timestep: Float[Array, " B"] | None = None,
 ) -> Float[Array, "B F H W O"]:
     """Decode normalised latents to pixels, around [-1, 1] but not clamped.
 
@@ -284,24 +274,29 @@ def decode(
         cfg: static.
         params: needs `decoder` and `stats`.
         latent: as `encode` gives them.
+        draws: the noise, from `draw`; None for a decoder that uses none.
+        timestep: noise level in [0, 1] that a conditioned decoder is told; by default
+            `DECODE_TIMESTEP`.
 
     Returns:
         Video with F = 8(f-1)+1, H = 32h, W = 32w, in the dtype of `latent`.
 
     Raises:
-        ValueError: if the decoder is timestep-conditioned (not supported yet), or the
-            latent has another number of channels.
+        ValueError: if the latent has another number of channels, or the decoder needs
+            other noise than given.
 
     Source: `ltx_core/model/video_vae/video_vae.py: VideoDecoder`.
     """
-    _refuse_conditioning(cfg)
-    if latent.shape[-1] != cfg.latent_channels:
-        raise ValueError(
-            f"video_vae.decode: latent must be [B f h w {cfg.latent_channels}], "
-            f"got shape {latent.shape}"
-        )
+    check_latent(cfg, latent.shape, draws)
+    draws = draws or Draws(None, ())
+    if not cfg.timestep_conditioning:
+        timestep = None
+    elif timestep is None:
+        timestep = jnp.full(latent.shape[:1], DECODE_TIMESTEP, jnp.float32)
+    if draws.latent is not None:
+        latent = _mixed(latent, draws.latent)
     h = unnormalize(params["stats"], latent)
-    return conv.run(Decoder(cfg), params["decoder"], h)
+    return conv.run(Decoder(cfg), params["decoder"], h, timestep, draws.maps)
 
 
 def to_uint8(video: Float[Array, "B F H W C"]) -> UInt8[Array, "B F H W C"]:

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from codec_sections import TINY_VIDEO, TINY_VIDEO_23
+from codec_sections import GROUP_VIDEO, NOISY_VIDEO, TINY_VIDEO, TINY_VIDEO_23
 
-from idlora_jax.config_codecs import Resample, Residual, video_vae_config
+from idlora_jax.config_video_vae import video_vae_config
 from idlora_jax.model import video_vae
 
 CONFIGS = {
@@ -97,50 +97,6 @@ def test_the_computation_runs_in_the_dtype_of_the_input(params):
         assert jax.eval_shape(run, x).dtype == jnp.bfloat16
 
 
-def test_depth_to_space_undoes_space_to_depth():
-    x = jax.random.normal(jax.random.key(0), (1, 4, 6, 2, 3))
-    there = video_vae.space_to_depth(x, (2, 3, 1))
-    assert there.shape == (1, 2, 2, 2, 18)
-    np.testing.assert_array_equal(video_vae.depth_to_space(there, (2, 3, 1)), x)
-
-
-def test_space_to_depth_puts_the_block_fastest_then_its_columns():
-    x = jnp.arange(8.0).reshape(1, 1, 2, 2, 2)  # rows x columns x channels
-    there = video_vae.space_to_depth(x, (1, 2, 2))
-    np.testing.assert_array_equal(there.ravel(), [0, 2, 4, 6, 1, 3, 5, 7])
-
-
-def _silent(module, x):
-    """The module with its convolution at zero: what the shortcut alone gives."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
-    return module.apply(zeros, x)
-
-
-def test_the_shortcut_of_a_downsampling_is_the_mean_of_channel_groups():
-    pads = video_vae._pads(True, "zeros")
-    down = video_vae.Down(Resample((1, 2, 2), 2, 4, shortcut=True), pads)
-    x = jnp.arange(8.0).reshape(1, 1, 2, 2, 2)
-    np.testing.assert_allclose(_silent(down, x).ravel(), [1, 5, 2, 6])
-
-
-def test_a_temporal_downsampling_counts_the_first_frame_twice():
-    pads = video_vae._pads(True, "zeros")
-    down = video_vae.Down(Resample((2, 1, 1), 1, 2, shortcut=True), pads)
-    x = jnp.arange(1.0, 4.0).reshape(1, 3, 1, 1, 1)
-    np.testing.assert_allclose(_silent(down, x).ravel(), [1, 1, 2, 3])
-
-
-def test_the_shortcut_of_an_upsampling_repeats_the_rearranged_input():
-    pads = video_vae._pads(False, "zeros")
-    x = jnp.arange(8.0).reshape(1, 1, 1, 1, 8)
-    for shortcut, first in ((True, [4, 4, 4, 4]), (False, [0, 0, 0, 0])):
-        up = video_vae.Up(Resample((2, 2, 2), 8, 4, shortcut=shortcut), pads)
-        y = _silent(up, x)
-        assert y.shape == (1, 1, 2, 2, 4)  # the first of two frames is dropped
-        np.testing.assert_allclose(y[0, 0, 0, 0], first)
-
-
 def test_to_uint8_clamps_and_cuts_fractions_off():
     x = jnp.array([-2, -1, 0, 0.999, 1, 3]).reshape(1, 1, 1, 6, 1)
     got = video_vae.to_uint8(x)
@@ -175,56 +131,81 @@ def test_a_latent_of_other_width_is_refused(params):
         video_vae.decode(CFG, params["2.0"], jnp.zeros((1, 1, 1, 1, 5)))
 
 
-@pytest.mark.parametrize(
-    "section",
-    [
-        TINY_VIDEO | {"timestep_conditioning": True},
-        {k: v for k, v in TINY_VIDEO.items() if k != "timestep_conditioning"},
-        TINY_VIDEO
-        | {"decoder_blocks": [["res_x", {"num_layers": 1, "inject_noise": True}]]},
-    ],
-)
-def test_a_noise_conditioned_decoder_is_refused(section):
+NOISY = video_vae_config({"vae": NOISY_VIDEO})
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    return video_vae.init(NOISY, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def denoise(noisy):
+    return jax.jit(partial(video_vae.decode, NOISY, noisy))
+
+
+@pytest.fixture(scope="module")
+def noisy_latent():
+    return jax.random.normal(jax.random.key(3), (2, 2, 2, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def draws(noisy_latent):
+    return video_vae.draw(jax.random.key(4), NOISY, noisy_latent.shape)
+
+
+def test_a_decoder_that_denoises_draws_a_latent_and_a_map_per_injection(draws):
+    assert draws.latent.shape == (2, 2, 2, 2, 2)
+    assert [m.shape for m in draws.maps] == [(4, 4), (4, 4), (16, 16), (16, 16)]
+    none = video_vae.draw(jax.random.key(0), CFG, (1, 2, 2, 2, 4))
+    assert none == video_vae.Draws(None, ())
+
+
+def test_a_conditioned_decoder_is_told_0_05_unless_given(denoise, noisy_latent, draws):
+    unsaid = denoise(noisy_latent, draws=draws)
+    assert unsaid.shape == (2, 9, 64, 64, 3)
+    said = denoise(noisy_latent, draws=draws, timestep=jnp.full(2, 0.05))
+    np.testing.assert_allclose(said, unsaid, atol=1e-4)
+    other = denoise(noisy_latent, draws=draws, timestep=jnp.array([0.05, 0.5]))
+    np.testing.assert_allclose(other[0], unsaid[0], atol=1e-5)
+    assert float(jnp.abs(other[1] - unsaid[1]).max()) > 1e-2
+
+
+def test_a_fortieth_of_the_latent_is_noise(denoise, noisy_latent, draws):
+    same = denoise(noisy_latent, draws=draws._replace(latent=noisy_latent))
+    none = draws._replace(latent=jnp.zeros_like(noisy_latent))
+    np.testing.assert_allclose(
+        denoise(noisy_latent / 0.975, draws=none), same, atol=1e-3
+    )
+
+
+def test_noise_of_other_shapes_is_refused(noisy, noisy_latent, draws):
+    decode = partial(video_vae.decode, NOISY, noisy, noisy_latent)
+    with pytest.raises(ValueError, match=r"needs noise of shapes .* got \[\] \(use"):
+        decode()
+    with pytest.raises(ValueError, match="needs noise of shapes"):
+        decode(draws=draws._replace(maps=draws.maps[:2]))
+    with pytest.raises(ValueError, match=r"needs noise of shapes \[\], got"):
+        video_vae.decode(CFG, {}, jnp.zeros((1, 1, 1, 1, 4)), draws=draws)
+
+
+def test_noise_parameters_start_as_the_file_format_has_them(noisy):
+    decoder = noisy["decoder"]
+    assert float(decoder["timestep_scale"]) == 1000
+    assert decoder["blocks_6"]["res_0"]["noise_scale1"].shape == (1, 1, 2)
+    groups = video_vae_config({"vae": GROUP_VIDEO})
+    shapes = jax.eval_shape(partial(video_vae.init, groups), jax.random.key(0))
+    assert shapes["encoder"]["norm_out"]["scale"].shape == (64,)
+
+
+@pytest.mark.parametrize("section", [NOISY_VIDEO, GROUP_VIDEO])
+def test_every_kind_of_block_keeps_the_factors_of_time_and_space(section):
     cfg = video_vae_config({"vae": section})
-    with pytest.raises(ValueError, match="only a decoder without either"):
-        video_vae.init(cfg, jax.random.key(0))
-    with pytest.raises(ValueError, match="only a decoder without either"):
-        video_vae.decode(cfg, {}, jnp.zeros((1, 1, 1, 1, 4)))
-
-
-def test_widths_follow_the_multipliers_in_2_0_and_the_base_in_2_3():
-    first = [CONFIGS[g].decoder[0] for g in ("2.0", "2.3")]
-    assert first == [
-        Resample((2, 2, 2), 32, 16, shortcut=True),
-        Resample((2, 2, 2), 32, 16, shortcut=False),
-    ]
-    assert CONFIGS["2.3"].decoder[2] == Resample((2, 1, 1), 16, 8, shortcut=False)
-    assert CONFIGS["2.0"].decoder[-1] == Residual(4, 1)
-    assert CONFIGS["2.0"].encoder[-1] == Resample((2, 2, 2), 32, 32, shortcut=True)
-    assert (CFG.time_factor, CFG.space_factor) == (8, 32)
-
-
-def test_padding_defaults_are_zeros_for_the_encoder_and_reflect_for_the_decoder():
-    assert (CFG.encoder_padding, CFG.decoder_padding) == ("zeros", "reflect")
-    newer = CONFIGS["2.3"]
-    assert (newer.encoder_padding, newer.decoder_padding) == ("zeros", "zeros")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"norm_layer": "group_norm"}, "norm_layer = 'group_norm' is not supported"),
-        ({"latent_log_var": "none"}, "latent_log_var 'none' is not supported"),
-        ({"spatial_padding_mode": "circular"}, "'circular' is not supported"),
-        ({"encoder_blocks": [["res_x_y", {}]]}, "encoder block 'res_x_y' is not"),
-        ({"decoder_blocks": [["attn_res_x", {}]]}, "decoder block 'attn_res_x' is"),
-    ],
-)
-def test_a_config_of_another_network_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        video_vae_config({"vae": TINY_VIDEO | change})
-
-
-def test_a_checkpoint_without_the_section_is_refused():
-    with pytest.raises(ValueError, match=r"no 'vae' section, got \['transformer'\]"):
-        video_vae_config({"transformer": {}})
+    made = partial(jax.eval_shape, partial(video_vae.init, cfg))(jax.random.key(0))
+    pixels = jax.ShapeDtypeStruct((1, 9, 64, 32, 3), jnp.float32)
+    latent = jax.eval_shape(partial(video_vae.encode, cfg), made, pixels)
+    assert latent.shape == (1, 2, 2, 1, cfg.latent_channels)
+    draw = partial(video_vae.draw, cfg=cfg, shape=latent.shape)
+    noise = jax.eval_shape(draw, jax.random.key(0))
+    decode = partial(video_vae.decode, cfg)
+    assert jax.eval_shape(decode, made, latent, draws=noise).shape == pixels.shape
