@@ -1,117 +1,49 @@
-"""Safetensors files: a checked look at the header, and writing piece by piece.
+"""Safetensors files: reading parts of tensors, and writing piece by piece.
 
-A file is 8 bytes (length of the header), the header (JSON: dtype, shape and place of
-every tensor, and text metadata), the data. `header` reads the first two and compares
-the announced size with the real one, so that a truncated file is refused before any
-tensor is read. `write` puts the header first and then asks for one piece of a tensor at
-a time, so that memory holds one piece, and a file appears whole or not at all.
+What is checked before anything is read is said in `header`, how parts are read in
+`reading`.
 
-What we write carries the sha256 of itself under the metadata key "base_hash": of the
-file's bytes with that value replaced by 64 zeros.
+`write` puts the header first and then asks for one piece of a tensor at a time, so that
+memory holds one piece, and a file appears whole or not at all. What we write carries
+the sha256 of itself under the metadata key "base_hash": of the file's bytes with that
+value replaced by 64 zeros.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
-from safetensors import safe_open
 
-from idlora_jax.files import PathLike, existing, problem, replacing
+from idlora_jax.files import PathLike, problem, replacing
+from idlora_jax.weights.header import DTYPES, Header, Spec, header, shown
+from idlora_jax.weights.reading import File, range_of, take
 
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+__all__ = [
+    "DTYPES",
+    "HASH",
+    "NAMES",
+    "Entry",
+    "Header",
+    "Spec",
+    "Tensors",
+    "entry",
+    "header",
+    "joined",
+    "tensors_of",
+    "verify",
+    "write",
+]
+
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HASH = "base_hash"
 _ZEROS = "0" * 64
-_LONGEST_HEADER = 100_000_000
-_EXPECTED = "a .safetensors file"
-
-
-class Spec(NamedTuple):
-    """Shape and dtype of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class Header(NamedTuple):
-    """What a file says about itself: tensors, metadata, and a digest of saying so."""
-
-    tensors: dict[str, Spec]
-    metadata: dict[str, str]
-    fingerprint: str
-
-
-def _raw_header(path: PathLike, file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) == 8 and 2 <= length <= _LONGEST_HEADER:
-        text = file.read(length)
-        if len(text) < length and text[:1] == b"{":
-            got = f"a header cut off after {len(text):,} of {length:,} bytes"
-            raise problem("weights", path, got, "a whole file", "download it again")
-        try:
-            return text, json.loads(text)
-        except ValueError:
-            pass
-    got = f"a file that starts with {start!r}"
-    hint = "a git-lfs pointer, a web page or a .pt file is not one; download it again"
-    raise problem("weights", path, got, _EXPECTED, hint)
-
-
-def header(path: PathLike) -> Header:
-    """Read and check the header of a safetensors file.
-
-    Returns:
-        Tensors by name, metadata, and the fingerprint: a sha256 of header and size,
-        which tells foreign files apart without reading their gigabytes.
-
-    Raises:
-        ValueError: if the file is missing, truncated, or not safetensors.
-    """
-    with open(existing("weights", path, _EXPECTED), "rb") as file:
-        raw, entries = _raw_header(path, file)
-    size = os.path.getsize(path)
-    metadata = entries.pop("__metadata__", None) or {}
-    end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-    announced = 8 + len(raw) + end
-    if size != announced:
-        got = f"{size:,} bytes"
-        expected = f"{announced:,} bytes as its header says"
-        raise problem("weights", path, got, expected, "copy or download it again")
-    unknown = {e["dtype"] for e in entries.values()} - DTYPES.keys()
-    if unknown:
-        got, hint = f"dtypes {sorted(unknown)}", "use another form of the checkpoint"
-        raise problem("weights", path, got, f"some of {sorted(DTYPES)}", hint)
-    tensors = {
-        name: Spec(tuple(e["shape"]), DTYPES[e["dtype"]]) for name, e in entries.items()
-    }
-    digest = hashlib.sha256(raw + b"%d" % size).hexdigest()
-    return Header(tensors, metadata, digest)
+_BLOCK = 1 << 24
+Index = tuple[slice, ...]
 
 
 class Entry(NamedTuple):
@@ -198,44 +130,122 @@ def write(
     return digest.hexdigest()
 
 
-def verify(path: PathLike) -> bool:
-    """Whether a file that `write` made still has the contents of its recorded hash."""
+def verify(path: PathLike, *, progress: Callable[[int], Any] | None = None) -> bool:
+    """Whether a file that `write` made still has the contents of its recorded hash.
+
+    Args:
+        path: the .safetensors file.
+        progress: takes the number of bytes that were read since its last call; they sum
+            up to the file's size.
+
+    Raises:
+        ValueError: if the file is truncated, not safetensors, or records no hash.
+    """
     recorded = header(path).metadata.get(HASH, "")
+    if len(recorded) != len(_ZEROS):
+        got, do = "a file without a recorded hash", "convert it, which records one"
+        raise problem("verify", path, got, f"{HASH!r} in its metadata", do)
     with open(path, "rb") as file:
         length = file.read(8)
         text = file.read(int.from_bytes(length, "little"))
-        blank = text.replace(_field(recorded), _field(_ZEROS))
-        digest = hashlib.sha256(length + blank)
-        while block := file.read(1 << 24):
+        digest = hashlib.sha256(length + text.replace(_field(recorded), _field(_ZEROS)))
+        block = length + text
+        while block:
+            if progress is not None:
+                progress(len(block))
+            block = file.read(_BLOCK)
             digest.update(block)
     return digest.hexdigest() == recorded
 
 
 class Tensors(NamedTuple):
-    """Tensors of several files by name, memory-mapped, read one at a time."""
+    """Tensors of several files by name, read one at a time or in parts.
+
+    Every method returns a new array, and raises a ValueError if the file was changed or
+    cut short after it was opened.
+    """
 
     specs: dict[str, Spec]
-    files: dict[str, Any]
+    files: dict[str, File]
+    stored: Mapping[str, str] = MappingProxyType({})
+    """The name in the file, of tensors that `renamed` gave another."""
+
+    def renamed(self, names: Mapping[str, str]) -> Tensors:
+        """The same tensors under other names.
+
+        Args:
+            names: present name by new name; tensors that it lacks are left out.
+        """
+        specs = {new: self.specs[old] for new, old in names.items()}
+        files = {new: self.files[old] for new, old in names.items()}
+        stored = {new: self.stored.get(old, old) for new, old in names.items()}
+        return Tensors(specs, files, stored)
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor."""
-        return self.files[name].get_tensor(name)
+        return self.slice(name, ())
 
     def layer(self, name: str, index: int) -> np.ndarray:
         """One layer of a stacked tensor; the others are not read."""
-        return self.files[name].get_slice(name)[index]
+        shape = self.specs[name].shape
+        if not shape or not 0 <= index < shape[0]:
+            raise ValueError(f"{name}: got layer {index} of a tensor {[*shape]}")
+        return self.slice(name, (slice(index, index + 1),)).reshape(shape[1:])
+
+    def slice(self, name: str, index: Index) -> np.ndarray:
+        """A part of a tensor, as indexing the whole would give it.
+
+        Args:
+            name: of the tensor.
+            index: a slice for each leading axis; the others are taken whole. Steps are
+                positive.
+
+        Raises:
+            ValueError: if there are more slices than axes, or a step is negative.
+        """
+        spec, file = self.specs[name], self.files[name]
+        if len(index) > len(spec.shape):
+            got = f"{len(index)} slices of a tensor {[*spec.shape]}"
+            raise ValueError(f"{name}: got {got}")
+        cuts = (*index, *(slice(None) for _ in spec.shape[len(index) :]))
+        ranges = [range_of(c, n, name) for c, n in zip(cuts, spec.shape, strict=True)]
+        # As integers: numpy copies strided bfloat16 value by value, which takes longer.
+        out = np.empty([len(r) for r in ranges], f"u{spec.dtype.itemsize}")
+        start = file.starts[self.stored.get(name, name)]
+        take(file, out, ranges, spec.shape, start)
+        return out.view(spec.dtype)
 
 
 def tensors_of(*paths: PathLike) -> Tensors:
     """Open files for reading; nothing is read but their headers.
 
     Raises:
-        ValueError: if a file is missing, truncated, or not safetensors.
+        ValueError: if a file is missing, truncated, or not safetensors, or two of them
+            hold a tensor of the same name.
     """
     specs: dict[str, Spec] = {}
-    files: dict[str, Any] = {}
+    files: dict[str, File] = {}
     for path in paths:
-        found = header(path).tensors
-        specs |= found
-        files |= dict.fromkeys(found, safe_open(path, framework="numpy"))
+        found = header(path)
+        file = File(path, found)
+        twice = next((name for name in found.tensors if name in files), None)
+        if twice is not None:
+            got = f"tensor {shown(twice)}, which {files[twice].path} has, too"
+            do = "give each file once, and the files of one checkpoint only"
+            raise problem("weights", file.path, got, "every name once", do)
+        specs |= found.tensors
+        files |= dict.fromkeys(found.tensors, file)
     return Tensors(specs, files)
+
+
+def joined(parts: Iterable[Tensors]) -> Tensors:
+    """The tensors of several views, which have no name in common."""
+    specs: dict[str, Spec] = {}
+    files: dict[str, File] = {}
+    stored: dict[str, str] = {}
+    for part in parts:
+        assert not specs.keys() & part.specs.keys(), "a name twice"
+        specs |= part.specs
+        files |= part.files
+        stored |= part.stored
+    return Tensors(specs, files, stored)

@@ -1,14 +1,21 @@
 """Safetensors files written piece by piece: readable, hashed, whole or absent."""
 
+import gc
 import json
+import os
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
+import sparse_files
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from idlora_jax.weights import tensorfile
+from idlora_jax.weights import reading, tensorfile
 from idlora_jax.weights.tensorfile import Entry, Spec
 
 RNG = np.random.default_rng(0)
@@ -128,3 +135,189 @@ def test_one_layer_of_a_stack_is_read_alone(tmp_path):
     np.testing.assert_array_equal(opened.layer("wide", 1), TENSORS["wide"][1])
     assert opened.layer("half", 2).dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(opened.tensor("scalar"), TENSORS["scalar"])
+
+
+@pytest.fixture
+def stacked(tmp_path):
+    """A file of tensors of many dtypes and ranks, and the tensors."""
+    kinds = {
+        "half": ml_dtypes.bfloat16,
+        "eighth": ml_dtypes.float8_e4m3fn,
+        "other_eighth": ml_dtypes.float8_e5m2,
+        "scale": ml_dtypes.float8_e8m0fnu,
+        "whole": np.int64,
+        "complex": np.complex64,
+    }
+    raw = RNG.integers(1, 120, (3, 4, 5, 6), dtype=np.uint8)
+    arrays = {name: raw.astype(np.float32).astype(k) for name, k in kinds.items()}
+    arrays |= TENSORS
+    path = tmp_path / "stacked.safetensors"
+    tensorfile.write(path, [tensorfile.entry(k, a) for k, a in arrays.items()])
+    return path, arrays
+
+
+def assert_same(got, want):
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    assert got.tobytes() == want.tobytes()
+
+
+def test_every_tensor_and_every_layer_is_read_as_it_was_written(stacked):
+    path, arrays = stacked
+    opened = tensorfile.tensors_of(path)
+    for name, array in arrays.items():
+        assert_same(opened.tensor(name), array)
+        for index in range(array.shape[0] if array.shape else 0):
+            assert_same(opened.layer(name, index), array[index])
+
+
+def test_what_is_read_is_writable_and_the_caller_s_own(stacked):
+    path, arrays = stacked
+    opened = tensorfile.tensors_of(path)
+    for name in arrays:
+        first = opened.tensor(name)
+        assert first.flags.writeable and first.flags.c_contiguous
+        first[...] = 0
+        assert_same(opened.tensor(name), arrays[name])
+
+
+CUTS = st.slices(7).filter(lambda cut: cut.step is None or cut.step > 0)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(st.lists(CUTS, max_size=4), st.integers(0, 2**9), st.integers(1, 2**9))
+def test_a_part_is_what_indexing_the_whole_gives(parts_file, cuts, long_row, block):
+    path, array = parts_file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "_LONG_ROW", long_row)
+        patch.setattr(reading, "_BLOCK", block)
+        got = tensorfile.tensors_of(path).slice("x", tuple(cuts))
+    assert_same(got, array[tuple(cuts)])
+
+
+@pytest.fixture(scope="module")
+def parts_file(tmp_path_factory):
+    array = RNG.normal(size=(5, 3, 6, 7)).astype(ml_dtypes.bfloat16)
+    path = tmp_path_factory.mktemp("parts") / "x.safetensors"
+    tensorfile.write(path, [tensorfile.entry("x", array)])
+    return path, array
+
+
+def test_only_the_rows_that_are_asked_for_are_read(parts_file, monkeypatch):
+    path, array = parts_file
+    read, original = [], reading.File.fill
+
+    def spy(self, out, start):
+        read.append(out.nbytes)
+        original(self, out, start)
+
+    monkeypatch.setattr(reading.File, "fill", spy)
+    monkeypatch.setattr(reading, "_LONG_ROW", 64)
+    opened = tensorfile.tensors_of(path)
+    opened.slice("x", (slice(1, 4), slice(2, 3)))
+    assert sum(read) == array[1:4, 2:3].nbytes
+    read.clear()
+    opened.slice("x", (slice(0, 5, 2),))
+    assert sum(read) == array[::2].nbytes
+    read.clear()
+    opened.slice("x", (slice(2, 2),))
+    opened.slice("x", (slice(None), slice(None), slice(9, 9)))
+    assert read == []
+
+
+def test_impossible_parts_are_refused(parts_file):
+    opened = tensorfile.tensors_of(parts_file[0])
+    with pytest.raises(ValueError, match="step of -1"):
+        opened.slice("x", (slice(None, None, -1),))
+    with pytest.raises(ValueError, match="5 slices of a tensor"):
+        opened.slice("x", (slice(None),) * 5)
+    for index in (-1, 5):
+        with pytest.raises(ValueError, match=rf"layer {index} of a tensor \[5, 3"):
+            opened.layer("x", index)
+
+
+def test_several_files_are_read_as_one_and_a_name_in_two_is_refused(tmp_path):
+    paths = [tmp_path / f"{n}.safetensors" for n in "abc"]
+    for path, names in zip(paths, ("pq", "rs", "tq"), strict=True):
+        arrays = {name: np.full(3, ord(name), np.float32) for name in names}
+        tensorfile.write(path, [tensorfile.entry(k, a) for k, a in arrays.items()])
+    opened = tensorfile.tensors_of(*paths[:2])
+    assert {name: opened.tensor(name)[0] for name in opened.specs} == {
+        name: ord(name) for name in "pqrs"
+    }
+    with pytest.raises(ValueError, match="every name once") as caught:
+        tensorfile.tensors_of(*paths)
+    text = str(caught.value)
+    assert "'q'" in text and str(paths[0]) in text and str(paths[2]) in text
+
+
+def descriptors(path):
+    """How many descriptors of this process are of that file."""
+    links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    return sum(os.path.exists(x) and os.path.samefile(x, path) for x in links)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_a_file_is_opened_at_the_first_read_and_closed_after_the_last(parts_file):
+    path, _ = parts_file
+    opened = tensorfile.tensors_of(path)
+    assert descriptors(path) == 0
+    for _ in range(3):
+        opened.layer("x", 0)
+    assert descriptors(path) == 1
+    del opened
+    gc.collect()
+    assert descriptors(path) == 0
+
+
+def test_a_file_that_shrinks_or_changes_after_it_was_opened_is_an_error(tmp_path):
+    path = tmp_path / "x.safetensors"
+    array = np.zeros((1 << 16,), np.float32)
+    tensorfile.write(path, [tensorfile.entry("x", array)])
+    early, late = tensorfile.tensors_of(path), tensorfile.tensors_of(path)
+    early.slice("x", (slice(0, 1),))
+    os.truncate(path, path.stat().st_size - 8192)
+    with pytest.raises(ValueError, match=r"x\.safetensors: got a file that ends at"):
+        early.tensor("x")
+    assert early.slice("x", (slice(0, 9),)).shape == (9,)
+    with pytest.raises(ValueError, match="got a file that was changed"):
+        late.tensor("x")
+
+
+def test_a_file_that_is_replaced_is_still_the_one_that_was_opened(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensorfile.write(path, [tensorfile.entry("x", np.zeros(4, np.float32))])
+    early, late = tensorfile.tensors_of(path), tensorfile.tensors_of(path)
+    early.tensor("x")
+    tensorfile.write(path, [tensorfile.entry("x", np.ones(4, np.float32))])
+    assert early.tensor("x").sum() == 0
+    with pytest.raises(ValueError, match="open it again"):
+        late.tensor("x")
+
+
+def test_reading_a_large_file_a_piece_at_a_time_holds_one_piece(tmp_path):
+    some = lambda name: "transformer_blocks.1" in name
+    path = sparse_files.write(tmp_path / "x.safetensors", "id-lora-22b", only=some)
+    script = f"""
+import resource
+from idlora_jax.weights import tensorfile
+opened = tensorfile.tensors_of({str(path)!r})
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+total = sum(opened.tensor(name).nbytes for name in opened.specs)
+print(total, peak() - before)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    total, more = map(int, run.stdout.split())
+    assert total > 200e6 and more < 32e6
+
+
+def test_verifying_tells_the_bytes_it_read_and_needs_a_recorded_hash(tmp_path):
+    path, told = tmp_path / "x.safetensors", []
+    tensorfile.write(path, entries())
+    assert tensorfile.verify(path, progress=told.append)
+    assert sum(told) == path.stat().st_size
+    save_file(TENSORS, path)
+    with pytest.raises(ValueError, match="without a recorded hash"):
+        tensorfile.verify(path)
