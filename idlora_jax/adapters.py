@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from idlora_jax import quantized
 from idlora_jax.config import AUDIO_TARGETS
 from idlora_jax.types import Adapter, Tree
 
@@ -135,7 +136,8 @@ def merge(params: Tree, *adapters: Adapter) -> Tree:
     """The base with the adapters' changes added to its kernels, in the base's dtype.
 
     Each change is made in the adapter's dtype, then summed, then added: with bfloat16
-    operands this rounds as the reference's fusion does.
+    operands this rounds as the reference's fusion does. A kernel kept in 8 bits that is
+    changed becomes a plain one; the others stay.
 
     Raises:
         ValueError: if an adapter does not fit the base.
@@ -152,7 +154,9 @@ def merge(params: Tree, *adapters: Adapter) -> Tree:
         if not pairs:
             return kernel
         total = sum(jnp.asarray(p["a"]) @ jnp.asarray(p["b"]) for p in pairs)
-        return (kernel + total).astype(kernel.dtype)
+        eight_bits = quantized.is_quantized(kernel)
+        plain = quantized.whole(kernel) if eight_bits else kernel
+        return (plain + total).astype(kernel.dtype)
 
     return _nest((path, one(path, leaf)) for path, leaf in _leaves(params))
 

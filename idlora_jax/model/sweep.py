@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from idlora_jax import quantized
 from idlora_jax.config import TransformerConfig
 from idlora_jax.model.block import AVBlock, Modality, Work
 from idlora_jax.model.spans import Kind, Mode, Span, spans
@@ -25,13 +26,17 @@ _POLICIES = jax.checkpoint_policies
 _CUTTING = ("dynamic_slice", "squeeze", "reshape", "convert_element_type")
 
 
-def _activations(primitive: Any, *_: Any, **params: Any) -> bool:
+def _activations(primitive: Any, *operands: Any, **params: Any) -> bool:
     """Save everything but the weights of a layer: that would copy the stack.
 
     Weights pass these primitives between the stack and a matrix product. Activations
-    pass them too, and are cheaply made again from what is saved before them.
+    pass them too, and are cheaply made again from what is saved before them. Weights
+    kept in 8 bits are also multiplied and selected: a layer's weights have two axes at
+    most, its states [B T D] more.
     """
-    return primitive.name not in _CUTTING and params.get("name") != "weights"
+    of_weights = all(len(a.shape) <= 2 for a in operands)
+    cutting = of_weights or primitive.name in _CUTTING
+    return not cutting and params.get("name") != "weights"
 
 
 POLICIES = {
@@ -212,12 +217,9 @@ def _run_kind(
 
 
 def _layer_of(variables: Mapping[str, Tree], index: Array) -> dict[str, Tree]:
-    """Cut out one layer of some collections."""
-
-    def cut(stack: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
-
-    return jax.tree.map(cut, dict(variables))
+    """Cut out one layer of some collections; what is kept in 8 bits is widened."""
+    cut = lambda stack: quantized.layer(stack, index)
+    return jax.tree.map(cut, dict(variables), is_leaf=quantized.is_quantized)
 
 
 def _named(layer: Mapping[str, Tree]) -> Mapping[str, Tree]:
@@ -261,7 +263,15 @@ def run_layers(call: Call, x: AV, remat: Remat, scanned: tuple[str, ...]) -> lis
         x: states before the first layer, [B T D] each.
         remat: what the backward pass keeps.
         scanned: collections given to a single span's scan as data.
+
+    Raises:
+        ValueError: if one of these has layers kept in 8 bits, which cannot be scanned.
     """
+    if any(quantized.any_in(call.variables.get(name, {})) for name in scanned):
+        raise ValueError(
+            f"transformer: got weights kept in 8 bits among {scanned}, expected them "
+            "up-cast; read the base with fp8='upcast' to train it"
+        )
     per_branch = [x] * len(call.branches)
     for span in spans(call.branches, call.cfg.layers, call.mode):
         states = []

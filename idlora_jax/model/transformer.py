@@ -28,6 +28,7 @@ from idlora_jax.model.block import AVBlock, Modality, Work
 from idlora_jax.model.ends import Ends, timestep_frequencies
 from idlora_jax.model.spans import Mode, checked
 from idlora_jax.model.sweep import Call, Remat, run_layers
+from idlora_jax.quantized import plain
 from idlora_jax.types import (
     AV,
     Bias,
@@ -62,7 +63,7 @@ def _ends(cfg: TransformerConfig) -> AV:
 
 
 def _at(variables: Mapping[str, Tree], name: str) -> dict[str, Tree]:
-    return {c: tree[name] for c, tree in variables.items() if name in tree}
+    return {c: plain(tree[name]) for c, tree in variables.items() if name in tree}
 
 
 def _call(

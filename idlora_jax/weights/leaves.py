@@ -23,6 +23,8 @@ from idlora_jax.weights.tensorfile import Entry, Spec, Tensors
 
 SHOWN = 12
 STRIP = 128
+AS_STORED = ("_fp8", "_scale", "_row")
+"""Ends of the paths of parts that are never cast; see `fp8`."""
 Shape = tuple[int, ...]
 
 
@@ -50,12 +52,38 @@ class Source(NamedTuple):
         return tuple(piece[axis] for axis in np.argsort(self.order))
 
 
+class Narrow(NamedTuple):
+    """Which pieces of a parameter are stored in 8 bits, and what scales them.
+
+    Attributes:
+        dtype: of these pieces.
+        at: their numbers, ascending.
+        stacked: whether pieces are layers; otherwise the parameter is one piece.
+        scales: by the end of our paths, e.g. "_scale": one number for each of them.
+    """
+
+    dtype: np.dtype
+    at: tuple[int, ...]
+    stacked: bool
+    scales: Mapping[str, Leaf]
+
+
 class Leaf(NamedTuple):
-    """One parameter: shape and stored dtype, and its pieces by number."""
+    """One parameter: shape and stored dtype, and its pieces by number.
+
+    Where some pieces are stored in 8 bits (`narrow`), they come as they are, and the
+    dtype is that of the others; see `fp8`.
+    """
 
     spec: Spec
     count: int
     piece: Callable[[int], np.ndarray]
+    narrow: Narrow | None = None
+
+    def dtype_of(self, index: int) -> np.dtype:
+        """The stored dtype of one piece."""
+        narrow = self.narrow is not None and index in self.narrow.at
+        return self.narrow.dtype if narrow else self.spec.dtype  # pyright: ignore
 
 
 class Where(NamedTuple):
@@ -68,11 +96,21 @@ class Where(NamedTuple):
 def kept_dtype(path: str, stored: np.dtype, wanted: Any | None) -> np.dtype:
     """The dtype of a parameter when `wanted` is asked for (None: as stored).
 
-    Scale and shift tables that a file holds in float32 stay so.
+    Scale and shift tables that a file holds in float32 stay so, and so does what a
+    parameter in 8 bits is made of.
     """
-    if wanted is None or (path.endswith("table") and stored == np.float32):
+    table = path.endswith("table") and stored == np.float32
+    if wanted is None or table or path.endswith(AS_STORED):
         return stored
     return np.dtype(wanted)
+
+
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The dtype that holds the values of all of them: of a stack of several."""
+    found = sorted(set(dtypes), key=lambda dtype: dtype.itemsize)
+    if len(found) > 1 and found[-1].itemsize == found[-2].itemsize == 2:
+        return np.dtype(np.float32)  # float16 and bfloat16: neither holds the other
+    return found[-1]
 
 
 def copy(out: np.ndarray, piece: np.ndarray) -> np.ndarray:
@@ -91,12 +129,32 @@ def copy(out: np.ndarray, piece: np.ndarray) -> np.ndarray:
 
 def read(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
     """The whole parameter; holds one piece beside the result."""
+    assert leaf.narrow is None, "widen it, or take its parts: see fp8"
     out = np.empty(leaf.spec.shape, dtype)
     flat, start = out.reshape(-1), 0
     for index in range(leaf.count):
         piece = leaf.piece(index)
         copy(flat[start : start + piece.size].reshape(piece.shape), piece)
         start += piece.size
+    return out
+
+
+def read_part(leaf: Leaf, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    """The part of a parameter that `index` cuts out; holds one piece beside it.
+
+    Args:
+        leaf: the parameter.
+        index: one slice per axis, without steps.
+        dtype: of the result.
+    """
+    ranges = [range(*s.indices(n)) for s, n in zip(index, leaf.spec.shape, strict=True)]
+    out = np.empty([len(r) for r in ranges], dtype)
+    # With an ellipsis, so that numbers too stay arrays.
+    inside = (*(slice(r.start, r.stop) for r in ranges), ...)
+    if leaf.count == 1:
+        return copy(out, leaf.piece(0).reshape(leaf.spec.shape)[inside])
+    for row, layer in enumerate(ranges[0]):
+        copy(out[row, ...], leaf.piece(layer)[inside[1:]])
     return out
 
 
@@ -133,20 +191,21 @@ def _compare(
     lines = missing + wrong + foreign
     if not lines:
         return
-    todo = where.todo
-    if any(line.endswith("weight_scale") for line in foreign):
-        todo = "this is an fp8 checkpoint, which is not read yet; use the bf16 one"
     more = f"\n  ... and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     listing = "".join(f"\n  {line}" for line in lines[:SHOWN]) + more
     raise ValueError(
         f"{where.what}: got {len(got)} tensors, expected {len(expected)}; "
         f"{len(missing)} missing, {len(wrong)} of a wrong shape, {len(foreign)} "
-        f"unexpected:{listing}\n{todo}"
+        f"unexpected:{listing}\n{where.todo}"
     )
 
 
 def from_original(
-    tensors: Tensors, keys: Iterable[str], needed: Mapping[str, Source], where: Where
+    tensors: Tensors,
+    keys: Iterable[str],
+    needed: Mapping[str, Source],
+    where: Where,
+    also: Mapping[str, Shape] | None = None,
 ) -> dict[str, Leaf]:
     """Leaves of a network in a file of original key names.
 
@@ -155,27 +214,32 @@ def from_original(
         keys: those of its keys that belong to the network.
         needed: from `sources`.
         where: for the error.
+        also: further keys that must be there, and their shapes.
 
     Raises:
         ValueError: listing missing keys, wrong shapes and unexpected keys.
     """
     expected = {key: s.torch_shape for s in needed.values() for key in s.keys}
+    expected |= dict(also or {})
     _compare({key: tensors.specs[key].shape for key in keys}, expected, where)
 
     def leaf(source: Source) -> Leaf:
         stored = [tensors.specs[key].dtype for key in source.keys]
-        widest = max(stored, key=lambda dtype: dtype.itemsize)
+        wide = widest(stored)
 
         def piece(index: int) -> np.ndarray:
             return tensors.tensor(source.keys[index]).transpose(source.order)
 
-        return Leaf(Spec(source.shape, widest), len(source.keys), piece)
+        return Leaf(Spec(source.shape, wide), len(source.keys), piece)
 
     return {path: leaf(source) for path, source in needed.items()}
 
 
 def from_converted(
-    tensors: Tensors, needed: Mapping[str, Source], where: Where
+    tensors: Tensors,
+    needed: Mapping[str, Source],
+    where: Where,
+    also: Mapping[str, Shape] | None = None,
 ) -> dict[str, Leaf]:
     """Leaves of a network in a converted file, whose names are our paths.
 
@@ -183,12 +247,14 @@ def from_converted(
         tensors: the open file.
         needed: from `sources`.
         where: for the error.
+        also: further paths that must be there, and their shapes.
 
     Raises:
         ValueError: listing missing paths, wrong shapes and unexpected paths.
     """
     got = {path: spec.shape for path, spec in tensors.specs.items()}
-    _compare(got, {path: source.shape for path, source in needed.items()}, where)
+    expected = {path: source.shape for path, source in needed.items()}
+    _compare(got, expected | dict(also or {}), where)
 
     def leaf(path: str, source: Source) -> Leaf:
         def piece(index: int) -> np.ndarray:
@@ -219,7 +285,7 @@ def original_entries(
     """The tensors under original names that leaves stand for, to be written."""
 
     def entry(leaf: Leaf, source: Source, index: int) -> Entry:
-        spec = Spec(source.torch_shape, leaf.spec.dtype)
+        spec = Spec(source.torch_shape, leaf.dtype_of(index))
         back = np.argsort(source.order)
 
         def pieces() -> Iterator[np.ndarray]:
@@ -239,6 +305,7 @@ def our_entries(leaves: Mapping[str, Leaf], dtype: Any | None) -> list[Entry]:
     """The stacked tensors under our paths that leaves stand for, to be written."""
 
     def entry(path: str, leaf: Leaf) -> Entry:
+        assert leaf.narrow is None, "widen it, or take its parts: see fp8"
         target = kept_dtype(path, leaf.spec.dtype, dtype)
 
         def pieces() -> Iterator[np.ndarray]:
