@@ -1,16 +1,12 @@
-"""Reading a folder of preprocessed clips, in the layout of the published data sets.
+"""Reading preprocessed clips for training, from whatever holds them.
 
-    latents/<name>.safetensors                  latents [C F H W], fps
-    audio_latents/<name>.safetensors            latents [C T M]
-    reference_audio_latents/<name>.safetensors  latents [C T M]
-    conditions/<name>.safetensors               prompt_embeds [S D], or one for
-                                                each modality, and
-                                                prompt_attention_mask [S]
+    a folder of the published layout   safetensors or .pt files; `data.published`
+    a TFDS data set                    ArrayRecord files; `data.tfds_latents`
 
-One clip has the same relative name in every folder. `index` reads headers only and
-refuses what does not fit together; which clips a step reads is a pure function of
-(seed, step), so that resuming needs no reader state. Text features are stored before
-the connectors, which run once per clip when it is first read.
+`index` lists clips and sizes without reading latents and refuses what does not fit
+together; which clips a step reads is a pure function of (seed, step), so that resuming
+needs no reader state. Text features are stored before the connectors, which run once
+per clip when it is first read.
 
 Source: ltx_trainer/datasets.py: PrecomputedDataset.
 """
@@ -19,60 +15,63 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 
+from idlora_jax.data import published, stored
+from idlora_jax.data.stored import (
+    AUDIO,
+    FOLDERS,
+    REFERENCE,
+    TEXT,
+    VIDEO,
+    Clip,
+    Stored,
+)
 from idlora_jax.strategies import Batch
 from idlora_jax.types import AV, Prompt
 
-VIDEO, AUDIO, TEXT = "latents", "audio_latents", "conditions"
-REFERENCE = "reference_audio_latents"
-FOLDERS = (VIDEO, TEXT, AUDIO, REFERENCE)
-_SUFFIX = ".safetensors"
-_ENTERED = ".precomputed"
+__all__ = [
+    "AUDIO",
+    "FOLDERS",
+    "REFERENCE",
+    "TEXT",
+    "VIDEO",
+    "Clip",
+    "Connect",
+    "Index",
+    "Sample",
+    "batches",
+    "chosen",
+    "collate",
+    "index",
+    "read",
+    "split",
+    "whole",
+]
 
 Connect = Callable[[AV, Any], Prompt]
 """(features AV of [1 S D], mask [1 S]) -> Prompt; see `prompts.prompts`."""
 
 
 @dataclass(frozen=True)
-class Clip:
-    """One clip's name and sizes.
-
-    Attributes:
-        name: relative path without suffix, the same in every folder.
-        video: latent (F, H, W).
-        fps: frames per second.
-        audio: latent frames of its own sound; 0: not read.
-        reference: latent frames of the reference; 0: not read.
-    """
-
-    name: str
-    video: tuple[int, ...]
-    fps: float
-    audio: int = 0
-    reference: int = 0
-
-
-@dataclass(frozen=True)
 class Index:
-    """The clips of a folder, all of one video size and frame rate.
+    """Clips that are all of one video size and frame rate.
 
     Attributes:
-        root: the folder.
+        root: where they lie.
         clips: sorted by name.
         audio: the longest sound in latent frames, to which others are padded.
         reference: the longest reference, likewise.
         ragged: whether (sounds, references) differ in length.
+        load: reads one of them.
     """
 
     root: Path
@@ -80,6 +79,7 @@ class Index:
     audio: int
     reference: int
     ragged: tuple[bool, bool]
+    load: Callable[[Clip], Stored] = field(repr=False)
 
     @property
     def fps(self) -> float:
@@ -96,75 +96,74 @@ class Sample(NamedTuple):
     prompt: Prompt
 
 
-def _root(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise ValueError(
-            f"data: no such folder {folder}; expected one with {', '.join(FOLDERS)} "
-            "(python -m idlora_jax.data.preprocess makes it)"
-        )
-    inner = folder / _ENTERED
-    return inner if inner.is_dir() else folder
-
-
-def _names(root: Path, folder: str) -> set[str]:
-    paths = (root / folder).rglob("*" + _SUFFIX)
-    found = (p.relative_to(root / folder) for p in paths)
-    return {p.as_posix().removesuffix(_SUFFIX) for p in found if p.name[0] != "."}
-
-
 def _listed(lines: Sequence[str], limit: int = 12) -> str:
     more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
     return "".join(f"\n  {line}" for line in [*lines[:limit], *more])
 
 
-def _matched(root: Path, folders: Sequence[str]) -> list[str]:
+def _matched(root: Path, names: Mapping[str, Collection[str]]) -> list[str]:
     """Names that stand in every folder; others are refused."""
-    names = {folder: _names(root, folder) for folder in folders}
-    everywhere = set.intersection(*names.values())
-    every = set.union(*names.values())
-    if not every:
-        raise ValueError(f"data: no {_SUFFIX} files in {root}/{VIDEO}")
+    every = set().union(*names.values())
+    everywhere = every.intersection(*names.values())
+    if not names[VIDEO]:
+        suffixes = " or ".join(published.SUFFIXES)
+        raise ValueError(
+            f"data: no {suffixes} files in {root}/{VIDEO}; archives of them are "
+            "converted first: convert/dataset.py"
+        )
     bad = [
-        f"{name}: missing in {', '.join(f for f in folders if name not in names[f])}"
+        f"{name}: missing in {', '.join(f for f in names if name not in names[f])}"
         for name in sorted(every - everywhere)
     ]
     if bad:
         raise ValueError(
             f"data: {len(bad)} of {len(every)} clips in {root} are not in all of "
-            f"{', '.join(folders)}:{_listed(bad)}\npreprocess them again, or delete "
+            f"{', '.join(names)}:{_listed(bad)}\npreprocess them again, or delete "
             "them from the other folders"
         )
     return sorted(everywhere)
 
 
-def _path(root: Path, folder: str, name: str) -> Path:
-    return root / folder / (name + _SUFFIX)
-
-
-def _opened(path: Path, read: Callable[[Any], Any]) -> Any:
+def _told(where: Any, convert: Callable[[Any], Any], found: Any) -> Any:
     try:
-        with safe_open(path, framework="numpy") as file:
-            return read(file)
-    except (SafetensorError, KeyError) as error:
+        return convert(found)
+    except ValueError as error:
         raise ValueError(
-            f"data: {path} is damaged or lacks a tensor ({error}); preprocess this "
-            "clip again"
+            f"data: {where}: {error}; preprocess this clip again"
         ) from None
 
 
-def _scalar(file: Any, key: str) -> float:
-    return float(file.get_tensor(key).reshape(-1)[0])
+def _loaded(paths: Mapping[str, Path]) -> Stored:
+    files = {folder: published.read(path) for folder, path in paths.items()}
+    for folder, file in files.items():
+        if not stored.finite(file):
+            raise ValueError(
+                f"data: {paths[folder]} holds values that are not finite; preprocess "
+                "this clip again"
+            )
+    return _told(paths[VIDEO], stored.stored, files)
 
 
-def _video_size(file: Any) -> tuple[tuple[int, ...], float]:
-    shape = file.get_slice("latents").get_shape()
-    if len(shape) == 2:  # an older form, [F*H*W C]
-        shape = [0, *(_scalar(file, k) for k in ("num_frames", "height", "width"))]
-    return tuple(map(int, shape[1:])), _scalar(file, "fps")
+def _folder(root: Path, folders: Sequence[str]) -> tuple[list[Clip], Any]:
+    """The clips of a folder of the published layout, and what reads one."""
+    found = published.listed(root)
+    names = published.pair({folder: found.get(folder, {}) for folder in folders})
 
+    def paths(name: str) -> dict[str, Path]:
+        return {folder: found[folder][names[folder][name]] for folder in folders}
 
-def _length(file: Any) -> int:
-    return int(file.get_slice("latents").get_shape()[1])
+    def clip(name: str) -> Clip:
+        path = paths(name)
+        specs = {folder: published.specs(path[folder]) for folder in folders}
+        size, fps = _told(path[VIDEO], stored.video_size, specs[VIDEO])
+        audio, reference = (
+            _told(path[f], stored.sound_length, specs[f]) if f in folders else 0
+            for f in (AUDIO, REFERENCE)
+        )
+        return Clip(name, size, fps, audio, reference)
+
+    clips = [clip(name) for name in _matched(root, names)]
+    return clips, lambda clip: _loaded(paths(clip.name))
 
 
 def _one_bucket(clips: Sequence[Clip]) -> None:
@@ -185,32 +184,52 @@ def _one_bucket(clips: Sequence[Clip]) -> None:
     )
 
 
+def _dataset(root: Path, folders: Sequence[str]) -> tuple[list[Clip], Any]:
+    """The clips of a TFDS data set, and what reads one."""
+    from idlora_jax.data import tfds_latents
+
+    opened = tfds_latents.open_dataset(root)
+    rows = {clip.name: row for row, clip in enumerate(opened.clips)}
+    audio, reference = AUDIO in folders, REFERENCE in folders
+
+    def clip(found: Clip) -> Clip:
+        if (audio and not found.audio) or (reference and not found.reference):
+            raise ValueError(
+                f"data: {root} lacks sound or references, expected {', '.join(folders)}"
+            )
+        heard = audio * found.audio
+        return replace(found, audio=heard, reference=reference * found.reference)
+
+    def load(clip: Clip) -> Stored:
+        found = opened[rows[clip.name]]
+        return found._replace(
+            audio=found.audio if audio else None,
+            reference=found.reference if reference else None,
+        )
+
+    return [clip(opened.clips[rows[name]]) for name in sorted(rows)], load
+
+
 def index(folder: str | Path, folders: Sequence[str] = FOLDERS) -> Index:
     """List the clips of a data folder.
 
     Args:
-        folder: holds the folders of the layout (or `.precomputed/`, which does).
+        folder: holds the folders of the layout (or `.precomputed/`, which does), or is
+            a TFDS data set made by convert/dataset.py.
         folders: which of them are read; `AUDIO` and `REFERENCE` may be left out.
 
     Raises:
         ValueError: for a missing folder, clips that are not in all folders, damaged
             files, or clips of different sizes or frame rates.
     """
-    root = _root(Path(folder))
-
-    def clip(name: str) -> Clip:
-        video, fps = _opened(_path(root, VIDEO, name), _video_size)
-        audio, reference = (
-            _opened(_path(root, f, name), _length) if f in folders else 0
-            for f in (AUDIO, REFERENCE)
-        )
-        return Clip(name, video, fps, audio, reference)
-
-    clips = tuple(clip(name) for name in _matched(root, folders))
+    dataset = published.dataset_root(Path(folder))
+    root = dataset or published.root_of(Path(folder))
+    clips, load = (_dataset if dataset else _folder)(root, folders)
     _one_bucket(clips)
     lengths = [{c.audio for c in clips}, {c.reference for c in clips}]
     ragged = tuple(len(found) > 1 for found in lengths)
-    return Index(root, clips, max(lengths[0]), max(lengths[1]), ragged)  # pyright: ignore
+    longest = (max(found) for found in lengths)
+    return Index(root, tuple(clips), *longest, ragged, load)  # pyright: ignore
 
 
 def split(index: Index, held_out: int) -> tuple[Index, Index]:
@@ -246,53 +265,17 @@ def chosen(count: int, batch: int, step: int, seed: int) -> Int[np.ndarray, " B"
     return np.array(rows)
 
 
-def _finite(path: Path, tensor: np.ndarray) -> np.ndarray:
-    if not np.isfinite(tensor).all():
-        raise ValueError(
-            f"data: {path} holds values that are not finite; preprocess this clip again"
-        )
-    return tensor
-
-
-def _tensors(root: Path, folder: str, name: str) -> Mapping[str, np.ndarray]:
-    path = _path(root, folder, name)
-    found = _opened(path, lambda f: {k: f.get_tensor(k) for k in f.keys()})
-    return {key: _finite(path, tensor) for key, tensor in found.items()}
-
-
-def _features(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[AV, np.ndarray]:
-    both = tensors.get("prompt_embeds")
-    video = tensors.get("video_prompt_embeds", both)
-    audio = tensors.get("audio_prompt_embeds", both)
-    mask = tensors.get("prompt_attention_mask")
-    if video is None or audio is None or mask is None:
-        raise ValueError(
-            f"data: {path} holds {sorted(tensors)}, expected prompt_embeds (or "
-            "video_prompt_embeds and audio_prompt_embeds) and prompt_attention_mask"
-        )
-    return AV(video[None], audio[None]), mask[None] > 0
-
-
 def read(index: Index, clip: Clip, connect: Connect) -> Sample:
     """Read one clip and run the connectors on its text features.
 
     Raises:
         ValueError: if a file is damaged, incomplete or holds values not finite.
     """
-    tensors = functools.partial(_tensors, index.root, name=clip.name)
-    latents = tensors(VIDEO)["latents"]
-    if latents.ndim == 2:
-        latents = latents.reshape(*clip.video, -1)
-    else:
-        latents = np.moveaxis(latents, 0, -1)
-    audio, reference = (
-        np.moveaxis(tensors(folder)["latents"], 0, -1) if length else None
-        for folder, length in ((AUDIO, clip.audio), (REFERENCE, clip.reference))
-    )
-    path = _path(index.root, TEXT, clip.name)
-    prompt = connect(*_features(path, tensors(TEXT)))
+    found = index.load(clip)
+    features = AV(*(x[None] for x in found.features))
+    prompt = connect(features, found.mask[None])
     prompt = jax.tree.map(lambda a: np.asarray(a)[0], prompt)
-    return Sample(latents, audio, reference, prompt)
+    return Sample(found.video, found.audio, found.reference, prompt)
 
 
 def _padded(sounds: Sequence[np.ndarray], frames: int) -> Float[np.ndarray, "B T M C"]:

@@ -34,7 +34,8 @@ from jaxtyping import Array, Float, Float32, UInt8
 from tqdm import tqdm
 
 from idlora_jax import codecs, commandline, geometry, media, prompts, sound
-from idlora_jax.config_codecs import AudioVAEConfig, VideoVAEConfig
+from idlora_jax.config_codecs import AudioVAEConfig
+from idlora_jax.config_video_vae import VideoVAEConfig
 from idlora_jax.data import layout, manifest, tokenize
 from idlora_jax.data.latents import AUDIO, REFERENCE, TEXT, VIDEO
 from idlora_jax.data.manifest import Clip

@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
+from idlora_jax.weights import hub_folder
+
 LENGTH = 1024
 """Tokens of a prompt that LTX-2 was trained with."""
 
@@ -69,10 +71,12 @@ def _length(folder: pathlib.Path) -> int:
 def load(folder: str | pathlib.Path) -> TextTokenizer:
     """Read `tokenizer.json`, padding token and prompt length of a Gemma folder.
 
+    Where it is absent, `tokenizer/` in the folder or beside it is looked at.
+
     Raises:
         ValueError: if the folder lacks `tokenizer.json`, or the files disagree.
     """
-    folder = pathlib.Path(folder)
+    folder = hub_folder.tokenizer_folder(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(

@@ -82,7 +82,7 @@ def test_clips_of_another_size_or_rate_are_listed(
 def test_missing_and_empty_folders_say_what_belongs_there(tmp_path: pathlib.Path):
     with pytest.raises(ValueError, match=r"no such folder.*audio_latents"):
         latents.index(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"no \.safetensors files in .*latents"):
+    with pytest.raises(ValueError, match=r"no \.pt or \.safetensors files in"):
         latents.index(tmp_path)
 
 
@@ -238,7 +238,7 @@ def test_damaged_and_incomplete_files_name_themselves(tmp_path: pathlib.Path):
     files = latent_folder.tensors(0)
     del files[latents.VIDEO]["fps"]
     latent_folder.write_clip(tmp_path, "clip", files)
-    with pytest.raises(ValueError, match=r"lacks a tensor \(.*fps"):
+    with pytest.raises(ValueError, match=r"latents/clip.*got fps None"):
         latents.index(tmp_path)
     files = latent_folder.tensors(0)
     del files[latents.TEXT]["prompt_attention_mask"]

@@ -133,3 +133,79 @@ def test_ids_equal_those_of_transformers(tmp_path, length):
     ids, mask = tokenize.encode(tokenize.load(tmp_path), texts, length)
     np.testing.assert_array_equal(ids, want["input_ids"])
     np.testing.assert_array_equal(mask, want["attention_mask"])
+
+
+PROMPTS = [
+    '[VISUAL]: A woman in a red coat speaks.\n[SPEECH]: "Hello, you!"\n[SOUNDS]: rain',
+    "[VISUAL]:a  b\t[SPEECH]:[SOUNDS]:",
+    "naïve café — “Grüße”, 你好世界, こんにちは, привет, مرحبا",
+    "👩‍🚀🇩🇪 e\u0301 \u00a0\u200b ﬁ ½ ∑",
+    "line one\r\nline two\n\n\n  line three\n",
+    "<bos> <pad> <eos> <unk> inside a prompt",
+    "▁ already, and a \\ backslash\x00",
+    "",
+    "word " * 250,
+]
+
+
+def gemma_like():
+    """Pieces as Gemma's: no byte-level alphabet, a sign for spaces, bytes as a last
+    resort."""
+    from tokenizers import decoders, normalizers, trainers
+
+    made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback()]
+    )
+    fallback = [f"<0x{n:02X}>" for n in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=[*VOCAB[:4], *fallback], show_progress=False
+    )
+    made.train_from_iterator(PROMPTS[:2], trainer)
+    state = json.loads(made.to_str())
+    kept = {"<pad>", "<eos>", "<bos>", "<unk>"}
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in kept]
+    state["model"]["unk_token"] = "<unk>"
+    made = tokenizers.Tokenizer.from_str(json.dumps(state))
+    made.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", made.token_to_id("<bos>"))]
+    )
+    return made
+
+
+def byte_level():
+    from idlora_jax import tiny
+
+    return tiny.tokenizer(PROMPTS)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")  # of transformers, on import
+@pytest.mark.parametrize("length", [24, 200])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(byte_level, "PreTrainedTokenizerFast"), (gemma_like, "GemmaTokenizer")],
+)
+def test_every_token_of_a_prompt_is_that_of_transformers(tmp_path, make, kind, length):
+    import transformers
+
+    make().save(str(tmp_path / "tokenizer.json"))
+    config = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    config["tokenizer_class"] = kind
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, padding_side="left")
+    want = theirs(
+        [prompt.strip() for prompt in PROMPTS],
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="np",
+    )
+    ids, mask = tokenize.encode(tokenize.load(tmp_path), PROMPTS, length)
+    np.testing.assert_array_equal(ids, want["input_ids"])
+    np.testing.assert_array_equal(mask, want["attention_mask"])
+    assert mask.all(1).any() and mask.sum(1).min() == 1
+    texts = {theirs.decode(row[kept]) for row, kept in zip(ids, mask, strict=True)}
+    assert len(texts) == len(PROMPTS)
