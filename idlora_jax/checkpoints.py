@@ -12,18 +12,19 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from idlora_jax import __version__, adapters
 from idlora_jax.types import Adapter, Tree
-from idlora_jax.weights import lora
+from idlora_jax.weights import lora, lora_files, lora_formats, lora_match
+from idlora_jax.weights.lora_names import Format
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class AdapterMeta:
 
     Attributes:
         generation: "2.0" or "2.3"; empty where a file does not say.
-        base_hash: content hash of the base it was trained on.
+        base_name: file or folder name of the base it was trained on.
+        base_hash: content hash of that base.
         rank: largest rank.
         alpha: scale times rank; already folded into the saved b.
         targets: patterns of adapted modules.
@@ -42,6 +44,7 @@ class AdapterMeta:
         video_sees_ref: False if audio-to-video attention was blind to the reference.
         ref_sees_text: False if reference rows were blind to text.
         fps: frames per second of the training clips.
+        reference_s: seconds of the longest reference in training; 0 if unknown.
         version: of this library.
         extra: anything else, as strings.
         content_hash: of the tensors, recorded when saved; of the file's bytes where a
@@ -49,6 +52,7 @@ class AdapterMeta:
     """
 
     generation: str = ""
+    base_name: str = ""
     base_hash: str = ""
     rank: int = 0
     alpha: float = 0.0
@@ -59,13 +63,18 @@ class AdapterMeta:
     video_sees_ref: bool = True
     ref_sees_text: bool = True
     fps: float = 25.0
+    reference_s: float = 0.0
     version: str = __version__
     extra: dict[str, str] = field(default_factory=dict)
     content_hash: str = ""
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """The sha256 of a file's bytes, as hex."""
+    """The sha256 of a file's bytes, as hex; of all files' of a folder."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        inner = "".join(file_hash(p) for p in sorted(path.rglob("*")) if p.is_file())
+        return hashlib.sha256(inner.encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -85,31 +94,27 @@ def save_adapter(
     adapter: Adapter,
     meta: AdapterMeta,
     dtype: Any = None,
+    *,
+    format: Format = "comfyui",
+    text_connector: Adapter | None = None,
 ) -> AdapterMeta:
     """Write an adapter whose b is already scaled; returns `meta` with its hash.
 
     Args:
-        path: the .safetensors file.
+        path: the .safetensors file; for "peft" a folder that is not there yet.
         adapter: see `adapters`.
         meta: written as JSON under the metadata key "idlora".
         dtype: of the saved tensors (default: as they are).
+        format: whose key names; see `weights.lora_formats`.
+        text_connector: a part for that network, where there is one.
 
     Raises:
+        ValueError: if a kernel's a and b have different ranks.
         OSError: if the file cannot be written; nothing is left behind.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fields = asdict(meta)
-    try:
-        tensors = lora.export(adapter, dtype)
-        fields["content_hash"] = tensors_hash(tensors)
-        save_file(tensors, temporary, metadata={"idlora": json.dumps(fields)})
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error}); free some space") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    parts = {"transformer": adapter, "text_connector": text_connector or {}}
+    pairs = lora.items(jax.device_get(parts), dtype)
+    fields = lora_formats.write(path, pairs, asdict(meta), format)
     return AdapterMeta(**fields)
 
 
@@ -134,39 +139,88 @@ def read_tensors(
         ) from None
 
 
-def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of `AdapterMeta` that a file records; none where it is not ours."""
+def meta_of(recorded: Mapping[str, Any]) -> AdapterMeta:
+    """What a file records, where it is of the right kind; defaults for the rest."""
+    kinds: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list, tuple)}
+    known = {}
+    for name, default in asdict(AdapterMeta()).items():
+        value, kind = recorded.get(name), type(default)
+        if isinstance(value, kinds.get(kind, (kind,))):
+            known[name] = kind(value)
+    return AdapterMeta(**known)
+
+
+def load_adapters(
+    path: str | os.PathLike[str],
+    bases: Mapping[str, Tree],
+    *,
+    allow_partial: bool = False,
+    verify: bool = False,
+) -> tuple[dict[str, Adapter], AdapterMeta]:
+    """Read a LoRA file for several networks, and check it against them.
+
+    The part of a network is applied as an adapter of it, or by `adapters.merge`.
+
+    Args:
+        path: a .safetensors file, or a PEFT or diffusers folder, in any format that
+            `weights.lora_names` lists. Factors (alpha / rank) are folded into b.
+        bases: parameters, or their shapes, by network: "transformer" and, for files
+            that change it, "text_connector".
+        allow_partial: leave out what fits nothing; the keys are in the metadata's
+            `extra["left_out"]`. A file of which nothing fits is refused anyway.
+        verify: first compare its bytes with the hash recorded in it.
+
+    Returns:
+        Adapters by network, of those that the file changes, and the metadata.
+
+    Raises:
+        ValueError: if the file is unreadable, or does not fit.
+    """
+    file = lora_files.open_lora(path)
+    if verify:
+        lora_files.verify(file)
     try:
-        fields = json.loads(metadata.get("idlora", "{}"))
-    except json.JSONDecodeError:
-        return {}
-    if not isinstance(fields, dict):
-        return {}
-    known = {k: v for k, v in fields.items() if k in AdapterMeta.__dataclass_fields__}
-    return known | {"targets": tuple(known.get("targets", ()))}
+        report = lora_match.match(file.tensors.specs, bases)
+        lora.require(report, allow_partial)
+
+        def read(pair: lora_match.Pair) -> tuple[np.ndarray, np.ndarray]:
+            return lora_files.pair_tensors(file, pair)
+
+        found = lora.stacked(report.pairs, read, bases)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if str(path) in text else f"{path}: {text}") from None
+    if not any(np.any(leaf) for leaf in _changes(found)):
+        warnings.warn(f"{path}: every lora_B is zero, it changes nothing", stacklevel=3)
+    meta = meta_of(file.recorded)
+    largest = max(adapters.rank(adapter) for adapter in found.values())
+    extra = dict(meta.extra)
+    if report.bad:
+        extra["left_out"] = json.dumps([*report.bad])
+    content = meta.content_hash or file_hash(path)
+    meta = replace(meta, rank=meta.rank or largest, extra=extra, content_hash=content)
+    return found, meta
+
+
+def _changes(found: Mapping[str, Adapter]) -> Iterator[Any]:
+    for adapter in found.values():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(adapter):
+            if path[-1].key == "b":
+                yield leaf
 
 
 def load_adapter(
-    path: str | os.PathLike[str], base: Tree
+    path: str | os.PathLike[str], base: Tree, *, allow_partial: bool = False
 ) -> tuple[Adapter, AdapterMeta]:
-    """Read an adapter file and check it against the base.
-
-    Args:
-        path: a .safetensors file in the ComfyUI key format, ours or another's.
-        base: transformer parameters, or their shapes.
+    """Read a LoRA file of the transformer; see `load_adapters`.
 
     Raises:
-        ValueError: if the file is unreadable, or does not fit the base.
+        ValueError: if the file is unreadable, does not fit the base, or has a part for
+            another network.
     """
-    tensors, metadata = read_tensors(path)
-    try:
-        adapter = lora.import_(tensors, base)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    known = _recorded(metadata)
-    known.setdefault("rank", adapters.rank(adapter))
-    known["content_hash"] = known.get("content_hash") or file_hash(path)
-    return adapter, AdapterMeta(**known)
+    bases = {"transformer": base}
+    found, meta = load_adapters(path, bases, allow_partial=allow_partial)
+    return found["transformer"], meta
 
 
 def _manager(folder: str | os.PathLike[str], keep: int | None = None) -> Any:

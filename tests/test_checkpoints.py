@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from idlora_jax import adapters, checkpoints
 from idlora_jax.checkpoints import AdapterMeta
+from idlora_jax.weights import tensorfile
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +67,57 @@ def test_files_of_others_and_odd_metadata_are_read(tmp_path, base, adapter, reco
     assert about.content_hash == checkpoints.file_hash(path)
 
 
+@pytest.mark.parametrize("format", ["comfyui", "diffusers", "peft", "kohya"])
+def test_every_format_comes_back_with_what_was_recorded(
+    format, tmp_path, adapter, base
+):
+    meta = AdapterMeta("2.0", "some-base", rank=3, reference_s=4.84)
+    path = tmp_path / "a"
+    saved = checkpoints.save_adapter(path, adapter, meta, format=format)
+    loaded, about = checkpoints.load_adapter(path, base)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
+    assert about == saved and about.base_name == "some-base"
+
+
+@pytest.mark.parametrize("format", ["comfyui", "peft"])
+def test_a_changed_byte_is_found_when_asked_for(format, tmp_path, adapter, base):
+    checkpoints.save_adapter(tmp_path / "a", adapter, AdapterMeta(), format=format)
+    bases = {"transformer": base}
+    checkpoints.load_adapters(tmp_path / "a", bases, verify=True)
+    (path,) = [*tmp_path.rglob("*.safetensors")] or [tmp_path / "a"]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="got other bytes"):
+        checkpoints.load_adapters(tmp_path / "a", bases, verify=True)
+    save_file(load_file(path), path)
+    with pytest.raises(ValueError, match="without a recorded hash"):
+        checkpoints.load_adapters(tmp_path / "a", bases, verify=True)
+
+
+def test_recorded_facts_of_another_kind_are_not_believed():
+    odd = {"rank": "4", "fps": 24, "targets": "x", "extra": [1], "alpha": None}
+    about = checkpoints.meta_of(odd | {"step": 3, "video_sees_ref": False})
+    known = AdapterMeta(fps=24.0, step=3, video_sees_ref=False)
+    assert about == known and isinstance(about.fps, float)
+
+
+def test_an_adapter_that_changes_nothing_is_told(tmp_path, base, adapter):
+    path = tmp_path / "a.safetensors"
+    nothing = adapters.scale(adapter, 0.0)
+    checkpoints.save_adapter(path, nothing, AdapterMeta())
+    with pytest.warns(UserWarning, match=r"a\.safetensors: .*it changes nothing"):
+        checkpoints.load_adapter(path, base)
+
+
 def test_a_truncated_absent_or_unfitting_file_is_named(tmp_path, base, adapter):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(ValueError, match=r"a\.safetensors: no such file"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: got no such file"):
         checkpoints.load_adapter(path, base)
     checkpoints.save_adapter(path, adapter, AdapterMeta())
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"a\.safetensors: not a complete"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: got .* bytes"):
         checkpoints.load_adapter(path, base)
     path.write_bytes(whole)
     with pytest.raises(ValueError, match=r"a\.safetensors: .*does not fit"):
@@ -89,11 +133,11 @@ def _one():
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, adapter, monkeypatch):
-    def full(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def full(entry):
+        yield b"half"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(tensorfile, "_data", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save_adapter(tmp_path / "a.safetensors", adapter, AdapterMeta())
     assert not list(tmp_path.iterdir())
