@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from codec_sections import TINY_VIDEO, TINY_VOCODER, audio_section
 
-from idlora_jax import config_codecs, geometry, streams
+from idlora_jax import (
+    config_codecs,
+    config_video_vae,
+    config_vocoder,
+    geometry,
+    streams,
+)
 from idlora_jax.config import TransformerConfig, transformer_config
 from idlora_jax.config_text import text_connector_config
 from idlora_jax.model import transformer
@@ -108,9 +114,9 @@ def networks(generation: str) -> Networks:
     return Networks(
         transformer=config(generation),
         text_connector=text_connector_config({"transformer": SECTIONS["2.0"]}),
-        video_vae=config_codecs.video_vae_config(codecs),
+        video_vae=config_video_vae.video_vae_config(codecs),
         audio_vae=config_codecs.audio_vae_config(codecs),
-        vocoder=config_codecs.vocoder_config(codecs),
+        vocoder=config_vocoder.vocoder_config(codecs),
         text_encoder=None,
         generation="2.0" if generation == "2.0" else "2.3",
         base_hash="",

@@ -9,28 +9,23 @@ are plain nested dicts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from idlora_jax.config import Generation, TransformerConfig
-from idlora_jax.config_codecs import AudioVAEConfig, VideoVAEConfig, VocoderConfig
-from idlora_jax.config_text import (
-    TextConnectorConfig,
-    TextEncoderConfig,
-    text_encoder_config,
-)
-from idlora_jax.files import PathLike, problem
-from idlora_jax.model import text_encoder
+from idlora_jax.config_codecs import AudioVAEConfig
+from idlora_jax.config_text import TextConnectorConfig, TextEncoderConfig
+from idlora_jax.config_video_vae import VideoVAEConfig
+from idlora_jax.config_vocoder import VocoderConfig
+from idlora_jax.files import PathLike
 from idlora_jax.types import Tree
-from idlora_jax.weights import io, leaves, tables, tensorfile
-from idlora_jax.weights.io import BaseFile, open_base
-from idlora_jax.weights.leaves import Leaf, Where
+from idlora_jax.weights import io, text_encoder_files
+from idlora_jax.weights.bases import BaseFile, open_base
+from idlora_jax.weights.fp8 import Choice
+from idlora_jax.weights.leaves import Leaf
 
 TEXT_ENCODER = "text_encoder"
 
@@ -61,40 +56,14 @@ def _config(base: BaseFile, name: str, wanted: bool) -> Any:
         return None
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The weight files of a folder; those that its index names must be there."""
-    found = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text("utf-8")).get("weight_map", {}).values())
-        absent = sorted(named - {path.name for path in found})
-        if absent:
-            got, hint = f"a folder without {absent}", "download the rest"
-            raise problem("weights", folder, got, "all files of its index", hint)
-        return [folder / name for name in sorted(named)] or found
-    return found
-
-
 def text_encoder_leaves(folder: PathLike) -> tuple[TextEncoderConfig, dict[str, Leaf]]:
-    """Configuration and leaves of a Gemma-3 folder, checked for completeness.
+    """Configuration and leaves of a text encoder's folder, checked for completeness.
 
     Raises:
-        ValueError: if the folder is no Gemma-3 folder, or its files are incomplete.
+        ValueError: if the folder is none, or its files are incomplete.
     """
-    folder = Path(folder)
-    config, shards = folder / "config.json", _shards(folder)
-    if not config.is_file() or not shards:
-        got = "a folder without config.json and *.safetensors"
-        hint = "download gemma-3-12b-it (see docs/quickstart.md)"
-        raise problem("weights", folder, got, "a Gemma-3 folder", hint)
-    cfg = text_encoder_config(json.loads(config.read_text("utf-8")))
-    like = jax.eval_shape(lambda key: text_encoder.init(cfg, key), jax.random.key(0))
-    tensors = tensorfile.tensors_of(*shards)
-    keys = [k for k in tensors.specs if not k.startswith(tables.GEMMA_IGNORED)]
-    needed = leaves.sources(TEXT_ENCODER, like, tables.GEMMA)
-    todo = "LTX-2 uses gemma-3-12b-it with 'language_model.model.' keys"
-    where = Where(f"{folder}: the text encoder does not fit config.json", todo)
-    return cfg, leaves.from_original(tensors, keys, needed, where)
+    file = text_encoder_files.open_text_encoder(folder)
+    return file.cfg, file.leaves
 
 
 def _require_partner(text: TextEncoderConfig, connector: TextConnectorConfig) -> None:
@@ -114,16 +83,19 @@ def load(
     *,
     text_encoder_path: PathLike | None = None,
     dtype: Any = jnp.float32,
+    fp8: Choice = "upcast",
 ) -> tuple[Networks, dict[str, Tree]]:
     """Open a base and read the named networks.
 
     Args:
-        base_path: an original .safetensors file, or a converted folder.
+        base_path: an original .safetensors file, a converted folder, or diffusers'.
         names: of `io.NETWORKS`, and "text_encoder".
-        text_encoder_path: the Gemma-3 folder; its configuration is read whenever it is
-            given, its parameters if named.
+        text_encoder_path: the Gemma-3 folder, or a converted one; its configuration is
+            read whenever it is given, its parameters if named.
         dtype: of the parameters, float32 or bfloat16; None: as stored. Scale and shift
             tables that the file holds in float32 stay so.
+        fp8: what becomes of kernels that the base holds in 8 bits; see
+            `io.load_network`.
 
     Returns:
         The configurations of all networks, and the parameters of the named ones.
@@ -155,7 +127,8 @@ def load(
         generation=base.generation,
         base_hash=base.base_hash,
     )
-    params = {n: io.load_network(base, n, dtype) for n in names if n in io.NETWORKS}
+    own = [name for name in names if name in io.NETWORKS]
+    params = {name: io.load_network(base, name, dtype, fp8=fp8) for name in own}
     if TEXT_ENCODER in names:
         params[TEXT_ENCODER] = io.read_all(found, dtype)
     return nets, params
