@@ -1,10 +1,14 @@
-"""Convert an LTX-2 checkpoint to this library's folder, or back.
+"""Convert an LTX-2 checkpoint to this library's folder, check it, or convert it back.
 
     python convert/base.py ltx-2-19b-dev.safetensors checkpoints/ltx-2-19b
+    python convert/base.py --check ltx-2-19b-dev.safetensors
+    python convert/base.py --verify checkpoints/ltx-2-19b
     python convert/base.py --export checkpoints/ltx-2-19b ltx-2-19b.safetensors
+    python convert/base.py --export --format diffusers checkpoints/ltx-2-19b LTX-2
 
 The folder loads faster than the original file, and holds the parameters stacked by
-layer. Nothing is downloaded; torch is not needed.
+layer. Nothing is downloaded; torch is not needed. A conversion that was stopped goes on
+when it is run again, and says so when it is finished already.
 """
 
 from __future__ import annotations
@@ -15,10 +19,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from idlora_jax.weights import convert
-from idlora_jax.weights.io import NETWORKS
+from idlora_jax.commandline import FAILURE, status_of
+from idlora_jax.weights import check, convert, diffusers_folder, io
 
-DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -28,37 +32,90 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="the original file; with --export the folder")
-    parser.add_argument("destination", help="the folder; with --export the file")
+    parser.add_argument(
+        "source", help="the original file or diffusers' folder; to export, the folder"
+    )
+    parser.add_argument(
+        "destination", nargs="?", help="the folder; with --export the file"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument(
         "--networks",
         nargs="+",
-        choices=NETWORKS,
+        choices=io.NETWORKS,
         metavar="NAME",
-        help=f"only these of {', '.join(NETWORKS)}",
+        help=f"only these of {', '.join(io.NETWORKS)}",
     )
-    parser.add_argument("--export", action="store_true", help="folder to original file")
+    parser.add_argument(
+        "--fp8",
+        choices=("keep", "upcast"),
+        help="kernels stored in 8 bits: as they are (default), or times their scales",
+    )
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--export", action="store_true", help="folder to --format")
+    way.add_argument("--check", action="store_true", help="read the headers, report")
+    way.add_argument("--verify", action="store_true", help="read all, compare hashes")
+    parser.add_argument(
+        "--format",
+        choices=("original", "diffusers"),
+        help="of an export: a single file (default), or a folder of diffusers",
+    )
+    parser.add_argument(
+        "--distilled",
+        action="store_true",
+        help="for --format diffusers: the noise levels are those of a distilled model",
+    )
     args = parser.parse_args(argv)
-    if args.export and (args.dtype or args.networks):
-        parser.error("--export writes what the folder holds; it takes no other option")
+    refuse(parser, args)
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Convert or export; 0 on success, 1 with one message on failure."""
-    args = arguments(argv)
-    try:
-        if args.export:
-            convert.export_base(args.source, args.destination)
-        else:
-            dtype = DTYPES.get(args.dtype)
-            names = args.networks
-            convert.convert_base(args.source, args.destination, dtype, networks=names)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program where options do not go together."""
+    looks = args.check or args.verify
+    if looks == bool(args.destination):
+        one, two = "--check and --verify take one path", "expected two paths"
+        parser.error(f"{one if looks else two}: see --help")
+    foreign = args.export and args.format == "diffusers"
+    if (args.format and not args.export) or (args.distilled and not foreign):
+        parser.error("--format goes with --export, --distilled with --format diffusers")
+    changes = args.dtype or args.networks
+    if (args.fp8 and args.export) or (looks and (changes or args.fp8)):
+        parser.error("--dtype, --fp8 and --networks are for writing")
+    if changes and args.export and not foreign:
+        parser.error("a single file is exported as it was: no --dtype, no --networks")
+
+
+def look(args: argparse.Namespace) -> int:
+    """Report what a checkpoint holds; status 1 if it is not whole."""
+    found = check.report(args.source)
+    print(found)
+    if args.verify and found.complete:
+        check.verify_watched(io.open_base(args.source))
+        print("every byte is as it was written")
+    return 0 if found.complete else FAILURE
+
+
+def work(args: argparse.Namespace) -> int:
+    """Check, convert or export, as the command line says."""
+    if args.check or args.verify:
+        return look(args)
+    paths, dtype = (args.source, args.destination), DTYPES.get(args.dtype)
+    options = {"networks": args.networks}
+    if args.export and args.format == "diffusers":
+        options |= {"distilled": args.distilled}
+        diffusers_folder.export_diffusers(*paths, dtype, **options)
+    elif args.export:
+        convert.export_base(*paths)
+    else:
+        convert.convert_base(*paths, dtype, fp8=args.fp8 or "keep", **options)
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script: 0 on success, 1 with one message on failure, 2 on wrong usage."""
+    args = arguments(argv)
+    return status_of(lambda: work(args))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 Config = TypeVar("Config")
-USAGE_ERROR, FAILURE = 2, 1
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
 def load_config(path: str | Path, kind: type[Config]) -> Config:
@@ -129,11 +129,22 @@ def parse(argv: Sequence[str], kind: type[Config]) -> Config:
     return made
 
 
-def guarded(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script: wrong input ends in one message and status 1, not a traceback."""
+def status_of(work: Callable[[], int | None]) -> int:
+    """Do the work of a script and give its exit status.
+
+    Wrong input and failures end in one message on stderr and status 1, Ctrl-C in 130;
+    none in a traceback.
+    """
     try:
-        status = main()
+        return work() or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        status = FAILURE
-    raise SystemExit(status or 0)
+        return FAILURE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def guarded(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script to its end; see `status_of`."""
+    raise SystemExit(status_of(main))

@@ -142,7 +142,7 @@ class TrainConfig:
 
     Attributes:
         base: the base checkpoint (one .safetensors file, or a converted folder).
-        data: folder of the published latent layout.
+        data: folder of the published latent layout, or a TFDS data set of it.
         output: folder for the log, the training state and the exported adapters.
         strategy: how training samples are made.
         lora: the adapter.
@@ -158,8 +158,11 @@ class TrainConfig:
             activations, or layer inputs only.
         dtype: of the base and of the computation. Adapter, loss and optimizer are
             float32.
+        fp8: what becomes of kernels that the base holds in 8 bits: times their scales
+            in `dtype`, or kept and widened a layer at a time (half the memory).
         heldout: the fixed evaluation.
         resume: continue from the newest state in `output`.
+        verify: first read the whole base and compare it with its recorded hashes.
     """
 
     base: Path
@@ -177,8 +180,10 @@ class TrainConfig:
     numerics: Numerics = "exact"
     remat: Literal["none", "selective", "full"] = "full"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    fp8: Literal["upcast", "keep"] = "upcast"
     heldout: HeldOut = field(default_factory=HeldOut)
     resume: bool = False
+    verify: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -241,7 +246,11 @@ class SampleConfig:
         branches: how the passes of a step are laid out; results are equal.
         numerics: how positions and noise levels are made.
         dtype: of the networks' weights and the transformer's computation.
+        fp8: what becomes of kernels that the base holds in 8 bits: times their scales
+            in `dtype`, or kept and widened a layer at a time (half the memory).
         progress: show a bar.
+        verify: first read the whole base and the adapters, and compare them with their
+            recorded hashes.
     """
 
     base: Path
@@ -265,7 +274,9 @@ class SampleConfig:
     branches: Literal["sweep", "pair", "batch"] = "sweep"
     numerics: Numerics = "exact"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    fp8: Literal["upcast", "keep"] = "upcast"
     progress: bool = True
+    verify: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from idlora_jax import adapters, loop, prompts, strategies, training
+from idlora_jax import adapters, geometry, loop, prompts, strategies, training
 from idlora_jax.checkpoints import AdapterMeta
 from idlora_jax.data import latents
 from idlora_jax.data.latents import Index
@@ -29,7 +29,8 @@ from idlora_jax.model import transformer
 from idlora_jax.strategies import Batch
 from idlora_jax.training import Metrics, Task, TrainState
 from idlora_jax.types import Tree
-from idlora_jax.weights import networks
+from idlora_jax.weights import io, networks
+from idlora_jax.weights.check import verify_watched
 from idlora_jax.weights.networks import Networks
 
 NAMES = ("transformer", "text_connector")
@@ -80,13 +81,14 @@ def folders(spec: Strategy) -> tuple[str, ...]:
     return (latents.VIDEO, latents.TEXT, latents.AUDIO)
 
 
-def _meta(config: TrainConfig, nets: Networks, fps: float) -> AdapterMeta:
+def _meta(config: TrainConfig, nets: Networks, index: Index) -> AdapterMeta:
     spec = config.strategy
     extra = {"strategy": spec.name, "seed": str(config.seed)}
     if not spec.negative_positions:
         extra["negative_positions"] = "false"
     return AdapterMeta(
         generation=nets.generation,
+        base_name=Path(config.base).name,
         base_hash=nets.base_hash,
         rank=config.lora.rank,
         alpha=config.lora.alpha,
@@ -95,7 +97,8 @@ def _meta(config: TrainConfig, nets: Networks, fps: float) -> AdapterMeta:
         reference_gap_s=spec.gap_s,
         video_sees_ref=spec.video_sees_ref,
         ref_sees_text=spec.ref_sees_text,
-        fps=fps,
+        fps=index.fps,
+        reference_s=index.reference / geometry.AUDIO_LATENTS_PER_S,
         extra=extra,
     )
 
@@ -113,9 +116,11 @@ def plan(config: TrainConfig) -> Fit:
     """
     index = latents.index(config.data, folders(config.strategy))
     clips, held = latents.split(index, config.heldout.clips)
+    if config.verify:
+        verify_watched(io.open_base(config.base))
     nets, _ = networks.load(config.base, ())
     facts = {"base": nets.base_hash, "clips": _fingerprint(index)}
-    run = Run(config, _meta(config, nets, index.fps), facts)
+    run = Run(config, _meta(config, nets, index), facts)
     return Fit(run, nets, clips, held, loop.newest(run))
 
 
@@ -171,7 +176,7 @@ def fit(plan: Fit, say: Say = print) -> Result:
     """
     config, nets = plan.run.config, plan.nets
     dtype = jnp.dtype(config.dtype)
-    _, params = networks.load(config.base, NAMES, dtype=dtype)
+    _, params = networks.load(config.base, NAMES, dtype=dtype, fp8=config.fp8)
     base = params["transformer"]
 
     def connect(features: Any, mask: Any) -> Any:

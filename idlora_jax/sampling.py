@@ -25,6 +25,7 @@ import numpy as np
 
 import idlora_jax
 from idlora_jax import (
+    adapters,
     checkpoints,
     codecs,
     guidance,
@@ -40,6 +41,7 @@ from idlora_jax.pipeline import Media, Progress, Request
 from idlora_jax.plans import Plan
 from idlora_jax.types import Adapter, Layout, Prompt, Tree
 from idlora_jax.weights import io, networks
+from idlora_jax.weights.check import verify_watched
 from idlora_jax.weights.networks import Networks
 
 TEXT_SIDE = ("text_encoder", "text_connector")
@@ -73,12 +75,14 @@ class Inputs(NamedTuple):
     Attributes:
         wave: float32 [2 N] at the audio VAE's rate, or None.
         image: uint8 [H W 3], or None.
-        adapters: by name.
+        adapters: of the transformer, by name.
+        text: of the text connector, scaled; few files have such a part.
     """
 
     wave: Any
     image: Any
     adapters: dict[str, Adapter]
+    text: tuple[Adapter, ...] = ()
 
 
 def plan_of(config: SampleConfig) -> Plan:
@@ -110,13 +114,16 @@ def _check_folder(folder: Path) -> None:
 
 def _adapters(
     config: SampleConfig, nets: Networks
-) -> tuple[dict[str, Adapter], dict[str, AdapterMeta]]:
+) -> tuple[dict[str, dict[str, Adapter]], dict[str, AdapterMeta]]:
     """The adapters and what they say of themselves, checked against the base."""
-    found: dict[str, Adapter] = {}
+    found: dict[str, dict[str, Adapter]] = {}
     metas: dict[str, AdapterMeta] = {}
-    shapes = io.shapes(io.open_base(config.base), "transformer") if config.lora else {}
+    base, parts = io.open_base(config.base), ("transformer", "text_connector")
+    shapes = {part: io.shapes(base, part) for part in parts if config.lora}
     for name, path in zip(adapter_names(config.lora), config.lora, strict=True):
-        found[name], meta = checkpoints.load_adapter(path, shapes)
+        found[name], meta = checkpoints.load_adapters(
+            path, shapes, verify=config.verify
+        )
         if meta.generation not in ("", nets.generation):
             raise ValueError(
                 f"lora: {path} was trained on generation {meta.generation}, but the "
@@ -153,22 +160,31 @@ def check(config: SampleConfig) -> tuple[Job, Inputs]:
     if config.first_frame is not None:
         image = media.read_image(config.first_frame)
         hashes["first_frame"] = checkpoints.file_hash(config.first_frame)
-    adapters, metas = _adapters(config, nets)
+    found, metas = _adapters(config, nets)
+    strengths = config.lora_strength or (1.0,) * len(config.lora)
+    text = tuple(
+        adapters.scale(parts["text_connector"], strength)
+        for parts, strength in zip(found.values(), strengths, strict=True)
+        if "text_connector" in parts
+    )
+    changes = {name: parts.get("transformer", {}) for name, parts in found.items()}
     _check_folder(config.output_dir)
     job = Job(config, nets, layout, plan, metas, hashes)
-    return job, Inputs(wave, image, adapters)
+    return job, Inputs(wave, image, changes, text)
 
 
 def _networks(config: SampleConfig) -> Networks:
     """The networks of the base and the text encoder, from their headers alone."""
     base = io.open_base(config.base)
+    if config.verify:
+        verify_watched(base)
     for name in io.NETWORKS:
         io.network_config(base, name)
     tokenize.load(config.text_encoder)
     return networks.load(config.base, (), text_encoder_path=config.text_encoder)[0]
 
 
-def _texts(config: SampleConfig) -> tuple[Prompt, ...]:
+def _texts(config: SampleConfig, changes: Sequence[Adapter]) -> tuple[Prompt, ...]:
     """The positive and the negative prompt; the text encoder is let go after it."""
     nets, params = networks.load(
         config.base,
@@ -176,6 +192,9 @@ def _texts(config: SampleConfig) -> tuple[Prompt, ...]:
         text_encoder_path=config.text_encoder,
         dtype=jnp.dtype(config.dtype),
     )
+    if changes:
+        merged = adapters.merge(params["text_connector"], *changes)
+        params = {**params, "text_connector": merged}
     tokenizer = tokenize.load(config.text_encoder)
     texts = [config.prompt, config.negative_prompt]
     found = prompts.features(nets, params, tokenizer, texts)
@@ -214,10 +233,10 @@ def generate(
         ValueError: if weights are missing or do not fit.
     """
     config, clock = job.config, [time.perf_counter()]
-    texts = _texts(config)
+    texts = _texts(config, inputs.text)
     clock.append(time.perf_counter())
-    dtype = jnp.dtype(config.dtype)
-    _, params = networks.load(config.base, MEDIA_SIDE, dtype=dtype)
+    options = {"dtype": jnp.dtype(config.dtype), "fp8": config.fp8}
+    _, params = networks.load(config.base, MEDIA_SIDE, **options)
     request = _request(job, inputs, params)._replace(prompts=texts)
     clock.append(time.perf_counter())
     result = pipeline.run(

@@ -1,20 +1,19 @@
 """Original file <-> converted folder, piece by piece.
 
-The folder has config.json (the embedded one), a .safetensors file per network (stacked
-parameters under our paths), and manifest.json, written last. It is made under a
-temporary name and renamed, so that it is complete or absent. Memory holds one layer of
-one tensor.
+The folder has config.json (the embedded one), each network as one or several
+.safetensors files (stacked parameters under our paths), and manifest.json: where it
+comes from, its files and their hashes. Memory holds one layer of one tensor. See
+`shards` for what happens when a conversion is stopped.
 
-A converted base keeps the hash of its source, so that an adapter trained on either form
-knows its base.
+A converted base keeps the hash of its source, so that an adapter trained on either
+form knows its base. What the stacks cannot say (a layer of another dtype than its
+neighbours') is in the manifest, so that `export_base` gives every bit back.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,69 +21,88 @@ import numpy as np
 
 from idlora_jax import __version__
 from idlora_jax.files import PathLike, problem
-from idlora_jax.weights import io, leaves, tensorfile
-from idlora_jax.weights.io import BaseFile
+from idlora_jax.weights import bases, fp8_files, io, leaves, shards, tensorfile
+from idlora_jax.weights.bases import BaseFile
+from idlora_jax.weights.fp8 import FLOAT8, Choice, require_choice, stored
+from idlora_jax.weights.progress import bar
 
-Say = Callable[[str], None]
-
-
-def _refuse_occupied(destination: Path) -> None:
-    if destination.exists() and (
-        not destination.is_dir() or any(destination.iterdir())
-    ):
-        got, hint = "something else", "choose another folder, or remove this one"
-        raise problem("convert", destination, got, "a new folder", hint)
+PROBES = 32
+"""Tensors that are compared to recognise an export."""
+Say = Callable[[str], Any]
+Located = dict[str, tuple[dict[str, leaves.Leaf], dict[str, leaves.Source]]]
 
 
-def _is_done(source: BaseFile, destination: Path, dtype: str, names: Any) -> bool:
+def _is_done(base: BaseFile, folder: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether the destination is this conversion; another one's is an error."""
-    if not (destination / io.MANIFEST).is_file():
-        _refuse_occupied(destination)
+    if not (folder / bases.MANIFEST).is_file():
+        shards.refuse_occupied(folder)
         return False
-    manifest = json.loads((destination / io.MANIFEST).read_text("utf-8"))
-    wanted = {"base_hash": source.base_hash, "dtype": dtype, "networks": [*names]}
+    manifest = bases.read_manifest(folder)
     held = {key: manifest.get(key) for key in wanted}
     held["networks"] = [*manifest.get("networks", ())]
     if held != wanted:
         got, hint = f"a conversion with {held}", "choose another folder, or remove this"
-        raise problem("convert", destination, got, f"{wanted}", hint)
+        raise problem("convert", folder, got, f"{wanted}", hint)
     return True
 
 
-def _chosen(base: BaseFile, networks: Sequence[str] | None) -> tuple[str, ...]:
-    held = io.names_in(base)
-    absent = [name for name in networks or () if name not in held]
-    if absent:
-        raise ValueError(f"{base.path}: got networks {[*held]}, expected also {absent}")
-    return tuple(n for n in held if networks is None or n in networks)
+def _require_owners(base: BaseFile) -> None:
+    lost = io.unowned(base)
+    if lost:
+        more = " ..." if len(lost) > 6 else ""
+        got = f"{len(lost)} tensors that belong to no network: {lost[:6]}{more}"
+        hint = "name the networks to convert (--networks) to leave these out"
+        raise problem("convert", base.path, got, "an LTX-2 checkpoint's", hint)
 
 
-def _write_folder(
-    base: BaseFile, folder: Path, names: Sequence[str], dtype: Any | None, say: Say
-) -> None:
-    located = {name: io.locate(base, name)[0] for name in names}
-    hashes = {}
-    for name, found in located.items():
-        say(f"converting {name}: {len(found)} parameters")
-        entries = leaves.our_entries(found, dtype)
-        path = folder / f"{name}.safetensors"
-        hashes[name] = tensorfile.write(path, entries, {"network": name})
-    manifest = {
+def _mixed(base: BaseFile, located: Located) -> dict[str, str]:
+    """Keys whose dtype is not the one that their stack is stored in."""
+    specs = bases.original_specs(base)
+    return {
+        key: tensorfile.NAMES[specs[key].dtype]
+        for found, needed in located.values()
+        for path, source in needed.items()
+        for key in source.keys
+        if specs[key].dtype not in (found[path].spec.dtype, *FLOAT8)
+    }
+
+
+def _dtype_name(dtype: Any | None, fp8: Choice) -> str:
+    name = "as stored" if dtype is None else np.dtype(dtype).name
+    return name if fp8 == "keep" else f"{name}, 8 bits up-cast"
+
+
+def _text(content: Any) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _texts(
+    base: BaseFile, located: Located, dtype: Any | None, fp8: Choice
+) -> Callable[[shards.Hashes], Mapping[str, str]]:
+    metadata = dict(base.metadata)
+    if fp8 == "upcast":
+        metadata.pop(fp8_files.METADATA, None)
+    about = {
+        "format": bases.FORMAT,
         "generation": base.generation,
         "base_hash": base.base_hash,
         "version": __version__,
         "source": base.path.name,
-        "dtype": _dtype_name(dtype),
-        "networks": hashes,
-        "metadata": base.metadata,
+        "dtype": _dtype_name(dtype, fp8),
+        "metadata": metadata,
+        "mixed": {} if dtype else _mixed(base, located),
     }
-    for name, content in ((io.CONFIG, base.config), (io.MANIFEST, manifest)):
-        text = json.dumps(content, indent=2) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
+    return lambda hashes: {
+        bases.CONFIG: _text(base.config),
+        bases.MANIFEST: _text(about | {"networks": hashes}),
+    }
 
 
-def _dtype_name(dtype: Any | None) -> str:
-    return "as stored" if dtype is None else np.dtype(dtype).name
+def _entries(
+    found: Mapping[str, leaves.Leaf], dtype: Any | None, fp8: Choice
+) -> list[tensorfile.Entry]:
+    fp8_files.check_scales(found)
+    return leaves.our_entries(stored(found, fp8, dtype), dtype)
 
 
 def convert_base(
@@ -93,9 +111,11 @@ def convert_base(
     dtype: Any | None = None,
     *,
     networks: Sequence[str] | None = None,
+    fp8: Choice = "keep",
     say: Say = print,
+    limit: int = shards.LIMIT,
 ) -> bool:
-    """Convert an original single file to our folder.
+    """Convert an original checkpoint to our folder.
 
     Args:
         source: an original LTX-2 .safetensors file.
@@ -103,33 +123,69 @@ def convert_base(
         dtype: of the parameters (default: as stored, so that `export_base` gives back
             the same tensors). Tables stored in float32 stay so.
         networks: names of `io.NETWORKS` (default: all that the file holds).
+        fp8: of parameters that the file holds in 8 bits: "keep" writes them as they
+            are, "upcast" multiplies them by their scales.
         say: takes lines about the progress.
+        limit: bytes of a file, unless one parameter is larger.
 
     Returns:
         False if the destination was complete already and nothing was done.
 
     Raises:
-        ValueError: if the source is incomplete or unreadable, or the destination holds
-            something else.
-        OSError: if it cannot be written; nothing is left behind.
+        ValueError: if the source is incomplete or unreadable, the destination holds
+            something else, or the disk has no room.
+        OSError: if it cannot be written; finished files stay, the same call goes on.
     """
     base, folder = io.open_base(source), Path(destination)
     if base.converted:
         hint = "give the original .safetensors file"
         raise problem("convert", source, "a converted folder", "a file", hint)
-    names = _chosen(base, networks)
-    if _is_done(base, folder, _dtype_name(dtype), names):
+    names = io.chosen(base, networks)
+    require_choice(fp8)
+    plan = {"base_hash": base.base_hash, "dtype": _dtype_name(dtype, fp8)}
+    if _is_done(base, folder, plan | {"networks": [*names]}):
         say(f"{folder} holds this conversion already; nothing to do")
         return False
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
-        _write_folder(base, temporary, names, dtype, say)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if networks is None:
+        _require_owners(base)
+    located = {name: io.locate(base, name) for name in names}
+    entries = {n: _entries(found, dtype, fp8) for n, (found, _) in located.items()}
+    total = sum(entry.spec.nbytes for group in entries.values() for entry in group)
+    say(f"converting {', '.join(names)}: {total / 1e9:.2f} GB")
+    stat = base.path.stat()
+    plan |= {"source": [str(base.path.resolve()), stat.st_size, stat.st_mtime_ns]}
+    with bar(total, "converting") as progress:
+        shards.write_folder(
+            folder,
+            entries,
+            plan=plan,
+            texts=_texts(base, located, dtype, fp8),
+            limit=limit,
+            progress=progress,
+            say=say,
+        )
     say(f"wrote {folder}")
+    return True
+
+
+def _is_exported(
+    path: Path, entries: Sequence[tensorfile.Entry], metadata: Mapping[str, str]
+) -> bool:
+    """Whether a file is this export already; anything else there is an error.
+
+    Names, shapes, dtypes and metadata are compared, and the bits of some tensors.
+    """
+    if not path.exists():
+        return False
+    head, tensors = tensorfile.header(path), tensorfile.tensors_of(path)
+    held = {k: v for k, v in head.metadata.items() if k != tensorfile.HASH}
+    same = held == dict(metadata) and head.tensors == {e.name: e.spec for e in entries}
+    for entry in entries[:: max(1, len(entries) // PROBES)] if same else ():
+        want = np.concatenate([np.ravel(piece) for piece in entry.pieces()])
+        same &= tensors.tensor(entry.name).tobytes() == want.tobytes()
+    if not same:
+        got, hint = "another file", "choose another name, or remove this one"
+        raise problem("export", path, got, "a new file", hint)
     return True
 
 
@@ -137,19 +193,40 @@ def export_base(folder: PathLike, path: PathLike, *, say: Say = print) -> str:
     """Write a converted folder as an original single file; the inverse of converting.
 
     Returns:
-        The hash recorded in the file.
+        The hash recorded in the file. A file that is this export already is kept.
 
     Raises:
-        ValueError: if the folder is no complete converted base.
+        ValueError: if the folder is no complete converted base, or the file another.
         OSError: if it cannot be written; nothing is left behind.
     """
     base = io.open_base(folder)
     if not base.converted:
         hint = "the file has the original key names already"
         raise problem("export", folder, "an original file", "a converted folder", hint)
+    mixed = bases.read_manifest(base.path).get("mixed", {})
     entries: list[tensorfile.Entry] = []
     for name in io.names_in(base):
-        entries += leaves.original_entries(*io.locate(base, name))
-    digest = tensorfile.write(path, entries, io.with_config(base.config, base.metadata))
+        entries += fp8_files.original_entries(*io.locate(base, name))
+    entries = [_narrowed(entry, mixed.get(entry.name)) for entry in entries]
+    about = io.with_config(base.config, base.metadata)
+    if _is_exported(Path(path), entries, about):
+        say(f"{path} holds this export already; nothing to do")
+        return tensorfile.header(path).metadata[tensorfile.HASH]
+    total = sum(entry.spec.nbytes for entry in entries)
+    shards.require_space(Path(path).absolute().parent, total)
+    with bar(total, "exporting") as progress:
+        counted = [shards.counted(entry, progress) for entry in entries]
+        digest = tensorfile.write(path, counted, about)
     say(f"wrote {path}: {len(entries)} tensors")
     return digest
+
+
+def _narrowed(entry: tensorfile.Entry, name: str | None) -> tensorfile.Entry:
+    """The tensor in the dtype that its original had."""
+    if name is None:
+        return entry
+    dtype = tensorfile.DTYPES[name]
+    spec = entry.spec._replace(dtype=dtype)
+    return entry._replace(
+        spec=spec, pieces=lambda: (piece.astype(dtype) for piece in entry.pieces())
+    )

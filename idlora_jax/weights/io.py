@@ -1,125 +1,50 @@
-"""Base checkpoints: opening one, and reading its networks a parameter at a time.
+"""Reading the networks of a base checkpoint, a parameter at a time.
 
-    open_base(path) -> BaseFile         config, generation, hash; no tensor is read
+    open_base(path) -> BaseFile         see `bases`
     load_network(base, name) -> tree    checked for completeness, then read lazily
 
-A base is an original LTX single file (config as JSON in its metadata), or a folder that
-`convert` made of one (config.json, manifest.json, a file of stacked parameters per
-network). Reading memory-maps the files, permutes, casts and stacks one parameter, and
-hands it to the device: the host holds the final arrays and one stacked tensor.
+Reading permutes, casts and stacks one parameter, and hands it to the devices: the host
+holds the final arrays and one stacked tensor.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
-from idlora_jax import config as core
-from idlora_jax import config_codecs, config_text
-from idlora_jax.config import Generation
-from idlora_jax.files import PathLike, problem
-from idlora_jax.model import (
-    audio_vae,
-    text_connector,
-    transformer,
-    video_vae,
-    vocoder,
-)
+from idlora_jax.files import PathLike
+from idlora_jax.quantized import Quantized
 from idlora_jax.types import Tree
-from idlora_jax.weights import leaves, rules, tables, tensorfile
+from idlora_jax.weights import bases, catalog, fp8_files, leaves, rules, tensorfile
+from idlora_jax.weights.bases import BaseFile, open_base
+from idlora_jax.weights.catalog import (
+    NETWORKS,
+    Network,
+    owner,
+    read_config,
+    shapes_of,
+)
+from idlora_jax.weights.fp8 import Choice, keep, require_choice, upcast
 from idlora_jax.weights.leaves import Leaf, Source, Where
-from idlora_jax.weights.rules import Rule
-from idlora_jax.weights.tensorfile import Tensors
 
-CONFIG, MANIFEST = "config.json", "manifest.json"
-_DIT = "model.diffusion_model."
+__all__ = [
+    "NETWORKS",
+    "BaseFile",
+    "Network",
+    "load_network",
+    "locate",
+    "open_base",
+    "owner",
+    "read_config",
+    "save_original",
+    "shapes",
+    "shapes_of",
+]
 
-
-@dataclass(frozen=True)
-class BaseFile:
-    """A base checkpoint that was opened, not read.
-
-    Attributes:
-        path: the file, or the converted folder.
-        config: the embedded JSON, all sections.
-        generation: which behaviour it has.
-        metadata: the original file's, without the config.
-        base_hash: sha256 recorded when the file was written by this library, otherwise
-            "header:" and a digest of header and size.
-        converted: whether it is a converted folder.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    generation: Generation
-    metadata: dict[str, str]
-    base_hash: str
-    converted: bool
-
-
-class Network(NamedTuple):
-    """How a network is read: its keys' prefixes, rules, configuration, parameters.
-
-    `config` takes the embedded JSON, the generation, and how many states the text
-    encoder gives, which only the text connector asks for.
-    """
-
-    prefixes: tuple[str, ...]
-    rules: tuple[Rule, ...]
-    config: Callable[[dict[str, Any], Generation, int], Any]
-    init: Callable[[Any, jax.Array], Tree]
-
-
-def _text_width(config: dict[str, Any]) -> int:
-    return config.get("transformer", {}).get("caption_channels", 3840)
-
-
-NETWORKS: dict[str, Network] = {
-    "transformer": Network(
-        (_DIT,),
-        tables.TRANSFORMER,
-        lambda config, generation, _: core.transformer_config(config, generation),
-        transformer.init,
-    ),
-    "text_connector": Network(
-        (
-            f"{_DIT}video_embeddings_connector.",
-            f"{_DIT}audio_embeddings_connector.",
-            "text_embedding_projection.",
-        ),
-        tables.TEXT_CONNECTOR,
-        lambda config, generation, states: config_text.text_connector_config(
-            config, generation, text_width=_text_width(config), text_states=states
-        ),
-        text_connector.init,
-    ),
-    "video_vae": Network(
-        ("vae.",),
-        tables.VIDEO_VAE,
-        lambda config, generation, _: config_codecs.video_vae_config(
-            config, generation
-        ),
-        video_vae.init,
-    ),
-    "audio_vae": Network(
-        ("audio_vae.",),
-        tables.AUDIO_VAE,
-        lambda config, *_: config_codecs.audio_vae_config(config),
-        audio_vae.init,
-    ),
-    "vocoder": Network(
-        ("vocoder.",),
-        tables.VOCODER,
-        lambda config, *_: config_codecs.vocoder_config(config),
-        vocoder.init,
-    ),
-}
-_STATES = 49
 _PROJECTIONS = {
     "text_embedding_projection.aggregate_embed.weight": 1,
     "text_embedding_projection.video_aggregate_embed.weight": 1,
@@ -129,131 +54,50 @@ _PROJECTIONS = {
 """Tensors of which this axis is the text encoder's width times its number of states."""
 
 
-def _network(name: str) -> Network:
-    if name not in NETWORKS:
-        raise ValueError(f"weights: no network {name!r}, use one of {[*NETWORKS]}")
-    return NETWORKS[name]
-
-
-def owner(key: str) -> str | None:
-    """The network an original key belongs to: that of its longest known prefix."""
-    hits = [
-        (len(prefix), name)
-        for name, network in NETWORKS.items()
-        for prefix in network.prefixes
-        if key.startswith(prefix)
-    ]
-    return max(hits)[1] if hits else None
-
-
-def _tensors(base: BaseFile, name: str) -> Tensors:
-    if not base.converted:
-        return tensorfile.tensors_of(base.path)
-    path = base.path / f"{name}.safetensors"
-    if not path.is_file():
-        found = [n for n in NETWORKS if (base.path / f"{n}.safetensors").is_file()]
-        raise problem(
-            "weights", path, "no such file", f"{name!r} beside {found}", "convert again"
-        )
-    return tensorfile.tensors_of(path)
-
-
-def _parsed(path: PathLike, text: str, what: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if isinstance(found, dict):
-        return found
-    hint = "download or convert it again"
-    raise problem("weights", path, f"{what} that is no JSON object", "one", hint)
-
-
-def _open_folder(path: Path) -> BaseFile:
-    absent = [name for name in (CONFIG, MANIFEST) if not (path / name).is_file()]
-    if absent:
-        hint = "give the original .safetensors file, or convert it (convert/base.py)"
-        got = f"a folder without {' and '.join(absent)}"
-        raise problem("weights", path, got, "a converted base", hint)
-    config, manifest = (
-        _parsed(path / name, (path / name).read_text("utf-8"), "a file")
-        for name in (CONFIG, MANIFEST)
-    )
-    if not {"generation", "base_hash", "metadata"} <= manifest.keys():
-        hint, what = "convert it again", "one with generation, base_hash, metadata"
-        raise problem("weights", path / MANIFEST, f"{[*manifest]}", what, hint)
-    generation, base_hash = manifest["generation"], manifest["base_hash"]
-    return BaseFile(path, config, generation, manifest["metadata"], base_hash, True)
-
-
-def open_base(path: PathLike) -> BaseFile:
-    """Open a base checkpoint; no tensor is read.
-
-    Args:
-        path: an original LTX-2 .safetensors file, or a converted folder.
-
-    Raises:
-        ValueError: if it is missing, truncated, or not a base checkpoint.
-
-    Source: ltx_core/loader/sft_loader.py: SafetensorsModelStateDictLoader.metadata.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return _open_folder(path)
-    head = tensorfile.header(path)
-    metadata = dict(head.metadata)
-    if "config" not in metadata:
-        adapter = any(".lora_A." in name for name in head.tensors)
-        got = "an adapter" if adapter else "a file whose metadata has no 'config'"
-        hint = "give the single-file checkpoint (ltx-2-19b-dev.safetensors or alike)"
-        raise problem("weights", path, got, "a base checkpoint", hint)
-    config = _parsed(path, metadata.pop("config"), "a 'config'")
-    recorded = metadata.pop(tensorfile.HASH, None)
-    generation = core.detect_generation(config, metadata.get("model_version"))
-    base_hash = recorded or f"header:{head.fingerprint}"
-    return BaseFile(path, config, generation, metadata, base_hash, False)
-
-
 def names_in(base: BaseFile) -> tuple[str, ...]:
     """The networks a base holds anything of, in the order of `NETWORKS`."""
     if base.converted:
-        found = {n for n in NETWORKS if (base.path / f"{n}.safetensors").is_file()}
+        found = set(base.shards)
     else:
-        found = {owner(key) for key in tensorfile.header(base.path).tensors}
+        found = {owner(key) for key in bases.original_specs(base)}
     return tuple(name for name in NETWORKS if name in found)
+
+
+def chosen(base: BaseFile, networks: Sequence[str] | None) -> tuple[str, ...]:
+    """The networks to work on: those named, or all that the base holds.
+
+    Raises:
+        ValueError: if it lacks one that is named.
+    """
+    held = names_in(base)
+    absent = [name for name in networks or () if name not in held]
+    if absent:
+        raise ValueError(f"{base.path}: got networks {[*held]}, expected also {absent}")
+    return tuple(name for name in held if networks is None or name in networks)
+
+
+def specs(base: BaseFile, name: str) -> dict[str, tensorfile.Spec]:
+    """Shapes and dtypes of a network's tensors, by the names they have on disk."""
+    found = bases.tensors(base, name).specs
+    return {k: v for k, v in found.items() if base.converted or owner(k) == name}
+
+
+def unowned(base: BaseFile) -> list[str]:
+    """Keys of an original checkpoint that belong to no network."""
+    return sorted(key for key in bases.original_specs(base) if owner(key) is None)
 
 
 def _text_states(base: BaseFile) -> int:
     """How many states the text encoder must give; no config says it."""
-    specs = _tensors(base, "text_connector").specs
+    specs = bases.tensors(base, "text_connector").specs
     flat = [specs[k].shape[axis] for k, axis in _PROJECTIONS.items() if k in specs]
-    return flat[0] // _text_width(base.config) if flat else _STATES
-
-
-def read_config(
-    name: str,
-    config: dict[str, Any],
-    generation: Generation,
-    text_states: int = _STATES,
-) -> Any:
-    """The frozen configuration of a network, from an embedded config.
-
-    Raises:
-        ValueError: for a name that is no network's, or a network not supported.
-    """
-    return _network(name).config(config, generation, text_states)
+    return flat[0] // catalog.text_width(base.config) if flat else catalog.STATES
 
 
 def network_config(base: BaseFile, name: str) -> Any:
     """The frozen configuration of a base's network; see `read_config`."""
-    states = _text_states(base) if name == "text_connector" else _STATES
+    states = _text_states(base) if name == "text_connector" else catalog.STATES
     return read_config(name, base.config, base.generation, states)
-
-
-def shapes_of(name: str, cfg: Any) -> Tree:
-    """Shapes of the parameters of a network; nothing is allocated."""
-    init = _network(name).init
-    return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
 
 
 def shapes(base: BaseFile, name: str) -> Tree:
@@ -267,41 +111,93 @@ def locate(base: BaseFile, name: str) -> tuple[dict[str, Leaf], dict[str, Source
     Raises:
         ValueError: listing missing keys, wrong shapes and unexpected keys.
     """
-    needed = leaves.sources(name, shapes(base, name), _network(name).rules)
-    tensors = _tensors(base, name)
+    needed = leaves.sources(name, shapes(base, name), catalog.network(name).rules)
+    tensors = bases.tensors(base, name)
     what = f"{base.path}: the {name} does not fit the config"
     if base.converted:
-        return leaves.from_converted(
-            tensors, needed, Where(what, "convert again")
-        ), needed
+        found = fp8_files.from_converted(tensors, needed, Where(what, "convert again"))
+        return found, needed
     todo = "is the file whole, and is it an LTX-2 checkpoint? Download it again"
     keys = [key for key in tensors.specs if owner(key) == name]
-    return leaves.from_original(tensors, keys, needed, Where(what, todo)), needed
+    where = Where(what, todo)
+    scaled = name == "transformer" and fp8_files.lists_layers(base.path, base.metadata)
+    found = fp8_files.from_original(tensors, keys, needed, where, scaled=scaled)
+    return found, needed
 
 
-def load_network(base: BaseFile, name: str, dtype: Any | None = None) -> Tree:
-    """Read a network's parameters, one at a time, onto the default device.
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""Parameter path and shape -> where its parts go."""
+
+
+def load_network(
+    base: BaseFile,
+    name: str,
+    dtype: Any | None = None,
+    *,
+    placement: Placement | None = None,
+    fp8: Choice = "upcast",
+) -> Tree:
+    """Read a network's parameters, one at a time, straight to their devices.
 
     Args:
         base: from `open_base`.
         name: one of `NETWORKS`.
         dtype: of the parameters (default: as stored). Scale and shift tables that the
             file holds in float32 stay so.
+        placement: sharding by path and shape (default: whole, on the default device);
+            a host reads and holds only the parts of its own devices.
+        fp8: of parameters that the file holds in 8 bits: "upcast" multiplies them by
+            their scales (bfloat16 unless `dtype` says otherwise), "keep" reads them as
+            they are, see `quantized`. Only the transformer computes with these; other
+            networks are up-cast.
 
     Raises:
         ValueError: if the file lacks keys, has others within the network's prefixes, or
-            other shapes than the configuration says; all are listed.
+            other shapes than the configuration says; all are listed. If a scale is not
+            a finite number.
     """
-    return read_all(locate(base, name)[0], dtype)
+    require_choice(fp8)
+    choice: Choice = fp8 if name == "transformer" else "upcast"
+    return read_all(locate(base, name)[0], dtype, placement=placement, fp8=choice)
 
 
-def read_all(found: Mapping[str, Leaf], dtype: Any | None) -> Tree:
-    """Leaves by path -> nested parameters on the default device, one at a time."""
+def _placed(leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A parameter on its devices; parts that several hold are read once."""
+    shape = leaf.spec.shape
+    owners: dict[Any, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        index = () if index is None else index
+        owners.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
+    arrays = []
+    for bounds, devices in owners.items():
+        part = leaves.read_part(leaf, tuple(slice(*b) for b in bounds), dtype)
+        put = [jax.device_put(part, device) for device in devices]
+        arrays += jax.block_until_ready(put)
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
-    def one(path: str, leaf: Leaf) -> jax.Array:
-        target = leaves.kept_dtype(path, leaf.spec.dtype, dtype)
+
+def read_all(
+    found: Mapping[str, Leaf],
+    dtype: Any | None,
+    *,
+    placement: Placement | None = None,
+    fp8: Choice = "upcast",
+) -> Tree:
+    """Leaves by path -> nested parameters on devices, one at a time."""
+    fp8_files.check_scales(found)
+
+    def put(path: str, leaf: Leaf, target: np.dtype) -> jax.Array:
+        if placement is not None:
+            return _placed(leaf, target, placement(path, leaf.spec.shape))
         # Not jnp.asarray, which compiles once per shape (15 ms each, measured).
-        return jax.device_put(leaves.read(leaf, target))
+        # Waiting keeps one stack in flight: copies lag behind reading otherwise.
+        return jax.block_until_ready(jax.device_put(leaves.read(leaf, target)))
+
+    def one(path: str, leaf: Leaf) -> jax.Array | Quantized:
+        if leaf.narrow and fp8 == "keep":
+            return keep(path, leaf, dtype, put)
+        leaf = upcast(path, leaf, dtype)
+        return put(path, leaf, leaves.kept_dtype(path, leaf.spec.dtype, dtype))
 
     return rules.nest({path: one(path, leaf) for path, leaf in found.items()})
 
@@ -329,8 +225,9 @@ def save_original(
     """
     entries: list[tensorfile.Entry] = []
     for name, params in tree.items():
-        needed = leaves.sources(name, params, _network(name).rules)
-        entries += leaves.original_entries(leaves.from_arrays(params, needed), needed)
+        needed = leaves.sources(name, params, catalog.network(name).rules)
+        found = fp8_files.from_arrays(params, needed)
+        entries += fp8_files.original_entries(found, needed)
     return tensorfile.write(path, entries, with_config(config, metadata))
 
 

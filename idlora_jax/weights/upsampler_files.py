@@ -28,6 +28,7 @@ from idlora_jax.files import PathLike, problem
 from idlora_jax.model import upsampler
 from idlora_jax.types import Tree
 from idlora_jax.weights import (
+    bases,
     fingerprint,
     hub_folder,
     io,
@@ -127,7 +128,7 @@ def _open_folder(path: Path) -> UpsamplerFile:
     path = inner if inner.is_dir() else path
     files = tuple(hub_folder.files_of(path))
     if not (path / "config.json").is_file() or not files:
-        base = (path / io.MANIFEST).is_file()
+        base = (path / bases.MANIFEST).is_file()
         absent = "a folder without config.json and *.safetensors"
         got = "a converted base" if base else absent
         raise problem("upsampler", path, got, EXPECTED, _HINT)
