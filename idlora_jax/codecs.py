@@ -19,10 +19,14 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from idlora_jax import images, mel
-from idlora_jax.config_codecs import AudioVAEConfig, VideoVAEConfig
+from idlora_jax.config_codecs import AudioVAEConfig
+from idlora_jax.config_video_vae import VideoVAEConfig
 from idlora_jax.model import audio_vae, video_vae, vocoder
 from idlora_jax.types import AV, Tree, VideoGrid, each
 from idlora_jax.weights.networks import Networks
+
+NOISE_SEED = 0
+"""Of the noise that some video decoders use: decoding gives the same picture again."""
 
 _encode_video = jax.jit(video_vae.encode, static_argnums=0)
 _encode_audio = jax.jit(audio_vae.encode, static_argnums=0)
@@ -105,7 +109,10 @@ def decode(
     latents = each(lambda x: x.astype(jnp.float32), latents)
     video = wave = None
     if latents.video is not None:
-        pixels = _decode_video(nets.video_vae, params["video_vae"], latents.video)
+        cfg, shape = nets.video_vae, latents.video.shape
+        draws = video_vae.draw(jax.random.key(NOISE_SEED), cfg, shape)
+        own = params["video_vae"]
+        pixels = _decode_video(cfg, own, latents.video, draws=draws)
         video = video_vae.to_uint8(pixels)
     if latents.audio is not None:
         log_mel = _decode_audio(nets.audio_vae, params["audio_vae"], latents.audio)

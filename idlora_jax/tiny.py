@@ -1,11 +1,12 @@
 """A complete tiny LTX-2 in the real file format, with seeded random weights.
 
-    python -m idlora_jax.tiny DIR
+    python -m idlora_jax.tiny DIR [--generation 2.3]
 
 writes DIR/ltx-2-tiny.safetensors (original key names, embedded config) and DIR/gemma/
 (config.json, model.safetensors, tokenizer.json), so that every command takes the paths
-it takes with the published weights. Compression factors, latent channels, statistics
-and the layout of every network are the real ones; widths and depths are small.
+it takes with the published weights of that generation, 2.0 unless told. Compression
+factors, latent channels, statistics and the layout of every network are the real ones;
+widths and depths are small.
 
 Weights are normal with variance 1 / fan-in times a gain, so that activations stay near
 1 through each network, and rounded to bfloat16 as in the published file. The statistics
@@ -33,7 +34,7 @@ from idlora_jax.config import Generation
 from idlora_jax.config_text import text_encoder_config
 from idlora_jax.data import face, synthetic
 from idlora_jax.files import PathLike, problem, replacing
-from idlora_jax.model import audio_vae, text_encoder, video_vae
+from idlora_jax.model import audio_vae, text_encoder, video_vae, vocoder
 from idlora_jax.types import Tree
 from idlora_jax.weights import io, leaves, rules, tables, tensorfile
 
@@ -118,21 +119,48 @@ _VOCODER = {
     "resblock": "1",
     "stereo": True,
 }
+_SNAKES = {
+    "resblock": "AMP1",
+    "activation": "snakebeta",
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [[1, 3]],
+    "stereo": True,
+    "use_tanh_at_final": False,
+    "use_bias_at_final": False,
+}
+_VOCODER_2_3 = {
+    "vocoder": {
+        **_SNAKES,
+        "upsample_initial_channel": 64,
+        "upsample_rates": [5, 2, 2, 2, 2, 2],
+        "upsample_kernel_sizes": [11, 4, 4, 4, 4, 4],
+    },
+    "bwe": {
+        **_SNAKES,
+        "upsample_initial_channel": 32,
+        "upsample_rates": [6, 5, 2, 2, 2],
+        "upsample_kernel_sizes": [12, 11, 4, 4, 4],
+        "apply_final_activation": False,
+        "input_sampling_rate": 16000,
+        "output_sampling_rate": 48000,
+        "hop_length": 80,
+        "n_fft": 512,
+        "win_size": 512,
+        "num_mels": 64,
+    },
+}
 
 
 def tiny_config(generation: Generation = "2.0") -> dict[str, Any]:
-    """The embedded config of the tiny checkpoint, all sections.
-
-    That of 2.3 has no vocoder.
-    """
+    """The embedded config of the tiny checkpoint, all sections."""
     newer = generation == "2.3"
     text = _CONNECTOR | (_CONNECTOR_2_3 if newer else {})
-    out = {
+    return {
         "transformer": config.tiny_section(generation) | text,
         "vae": _VIDEO_VAE | (_VIDEO_VAE_2_3 if newer else {}),
         "audio_vae": _AUDIO_VAE,
+        "vocoder": _VOCODER_2_3 if newer else _VOCODER,
     }
-    return out if newer else out | {"vocoder": _VOCODER}
 
 
 def gemma_config() -> dict[str, Any]:
@@ -162,17 +190,21 @@ def gemma_config() -> dict[str, Any]:
     return {"architectures": [kind], "model_type": "gemma3", "text_config": text}
 
 
-# Log-mel values of speech lie around -6, a few units apart; a vocoder stage puts zeros
-# between its samples.
+def _generator_gains(path: str, section: dict[str, Any]) -> dict[str, float]:
+    # Log-mel values of speech lie around -6, a few units apart; a stage puts zeros
+    # between its samples; snakes amplify.
+    gain = 0.4 if section["resblock"] == "AMP1" else 1.0
+    rates = enumerate(section["upsample_rates"])
+    stages = {f"{path}/up_{n}/kernel": gain * rate**0.5 for n, rate in rates}
+    return {f"{path}/conv_in/kernel": 0.2, f"{path}/conv_out/kernel": 1.0, **stages}
+
+
 _GAINS = {
     "audio_vae/decoder/conv_out/kernel": 3.0,
     "video_vae/decoder/conv_out/kernel": 0.5,
-    "vocoder/conv_in/kernel": 0.2,
-    "vocoder/conv_out/kernel": 1.0,
-    **{
-        f"vocoder/up_{n}/kernel": r**0.5
-        for n, r in enumerate(_VOCODER["upsample_rates"])
-    },
+    **_generator_gains("vocoder", _VOCODER),
+    **_generator_gains("vocoder/base", _VOCODER_2_3["vocoder"]),
+    **_generator_gains("vocoder/bwe", _VOCODER_2_3["bwe"]),
 }
 _OFFSETS = {"audio_vae/decoder/conv_out/bias": -6.0}
 
@@ -256,6 +288,12 @@ def calibrated(
     }
 
 
+def drawn(nets: Mapping[str, Any], seed: int) -> dict[str, Tree]:
+    """Random parameters of networks; buffers of the vocoder have their true values."""
+    out = {n: random_params(n, io.shapes_of(n, cfg), seed) for n, cfg in nets.items()}
+    return {**out, "vocoder": vocoder.with_buffers(nets["vocoder"], out["vocoder"])}
+
+
 def tokenizer(captions: Sequence[str]) -> Tokenizer:
     """A byte-level BPE tokenizer: any text encodes; words of `captions` are short."""
     made = Tokenizer(models.BPE())
@@ -301,8 +339,15 @@ def write_gemma(folder: PathLike, seed: int, captions: Sequence[str]) -> Path:
     return folder
 
 
-def write(folder: PathLike, seed: int = 0) -> tuple[Path, Path]:
+def write(
+    folder: PathLike, seed: int = 0, *, generation: Generation = "2.0"
+) -> tuple[Path, Path]:
     """Write the tiny model; the same seed gives the same bytes.
+
+    Args:
+        folder: is made.
+        seed: of weights and text encoder.
+        generation: of the checkpoint.
 
     Returns:
         The checkpoint file and the text encoder's folder.
@@ -311,14 +356,13 @@ def write(folder: PathLike, seed: int = 0) -> tuple[Path, Path]:
         ValueError: if the folder is a file.
         OSError: if they cannot be written.
     """
-    folder, embedded = Path(folder), tiny_config()
+    folder, embedded = Path(folder), tiny_config(generation)
     if folder.exists() and not folder.is_dir():
         raise problem("tiny", folder, "a file", "a folder", "choose another name")
     clips = [synthetic.clip(seed, *divmod(n, 2)) for n in range(CLIPS)]
     states = gemma_config()["text_config"]["num_hidden_layers"] + 1
-    nets = {n: io.read_config(n, embedded, "2.0", states) for n in io.NETWORKS}
-    drawn = {n: random_params(n, io.shapes_of(n, nets[n]), seed) for n in nets}
-    params = calibrated(nets, drawn, clips)
+    nets = {n: io.read_config(n, embedded, generation, states) for n in io.NETWORKS}
+    params = calibrated(nets, drawn(nets, seed), clips)
     io.save_original(folder / NAME, params, embedded)
     write_gemma(folder / TEXT_ENCODER, seed, [clip.caption for clip in clips])
     return folder / NAME, folder / TEXT_ENCODER
@@ -329,9 +373,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("idlora_jax.tiny", description=write.__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--generation", choices=("2.0", "2.3"), default="2.0")
     args = parser.parse_args(argv)
     try:
-        checkpoint, text_encoder_folder = write(args.folder, args.seed)
+        checkpoint, text_encoder_folder = write(
+            args.folder, args.seed, generation=args.generation
+        )
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -12,9 +12,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 LIBRARY = ROOT / "idlora_jax"
 
 LEVELS = (
-    "__init__ types config config_codecs config_text files images mel sound media "
-    "experiment commandline presets",
-    "geometry schedules adapters guidance solvers losses parallel",
+    "__init__ types config config_codecs config_text config_upsampler config_video_vae "
+    "config_vocoder files images mel sound media experiment commandline presets",
+    "geometry schedules quantized adapters guidance solvers losses parallel",
     "streams",
     "denoise strategies model.*",
     "training loop weights.* checkpoints",
@@ -149,7 +149,18 @@ def test_the_library_imports_neither_torch_nor_tensorflow():
 
 
 @pytest.mark.parametrize(
-    "name", ["config", "config_codecs", "config_text", "media", "experiment", "presets"]
+    "name",
+    [
+        "config",
+        "config_codecs",
+        "config_vocoder",
+        "config_text",
+        "config_upsampler",
+        "config_video_vae",
+        "media",
+        "experiment",
+        "presets",
+    ],
 )
 def test_configuration_and_media_need_no_jax(name):
     for module in reachable(name):

@@ -64,6 +64,9 @@ def test_the_exported_facts_are_those_of_the_run(config: TrainConfig):
     assert meta.base_hash == plan.nets.base_hash != ""
     assert (meta.generation, meta.rank, meta.alpha, meta.fps) == ("2.0", 8, 8.0, 25.0)
     assert meta.targets == AUDIO_TARGETS
+    assert meta.base_name == config.base.name
+    longest = max(clip.reference for clip in plan.clips.clips + plan.held.clips)
+    assert meta.reference_s == longest / 25 > 0
     assert (meta.video_sees_ref, meta.ref_sees_text) == (False, True)
     assert meta.reference_gap_s == 0.5
     assert meta.extra["negative_positions"] == "false"

@@ -152,7 +152,7 @@ WRONG = {
     ),
     "no adapter": (
         lambda f, p: {"lora": (p / "none.safetensors",)},
-        r"none.safetensors: no such file",
+        r"none.safetensors: got no such file",
     ),
     "no base": (
         lambda f, p: {"base": p / "none.safetensors"},
@@ -160,7 +160,7 @@ WRONG = {
     ),
     "an adapter as base": (
         lambda f, p: {"base": f["lora"]},
-        r"got an adapter, expected a base checkpoint",
+        r"got an adapter .*, expected a base checkpoint",
     ),
     "no text encoder": (
         lambda f, p: {"text_encoder": p / "gemma"},
@@ -189,6 +189,21 @@ def saved(path: pathlib.Path, lora: Any, **fields: Any) -> pathlib.Path:
     return path
 
 
+def test_an_adapter_s_part_for_the_text_connector_changes_the_prompts(files, tmp_path):
+    shapes = io.shapes(io.open_base(files["base"]), "text_connector")
+    part = adapters.init(jax.random.key(0), shapes, 2, ("projection/*",))
+    part = jax.tree.map(lambda a: np.full(a.shape, 0.05, np.float32), part)
+    path = tmp_path / "a.safetensors"
+    checkpoints.save_adapter(path, {}, AdapterMeta(), text_connector=part)
+    given = config(files, tmp_path, lora=(path,), lora_strength=(0.5,))
+    _, inputs = sampling.check(given)
+    (text,) = inputs.text
+    half = adapters.scale(part, 0.5)
+    jax.tree.map(np.testing.assert_array_equal, text, half)
+    plain, changed = (sampling._texts(given, parts) for parts in ((), inputs.text))
+    assert not np.allclose(plain[0].video, changed[0].video, rtol=1e-2)
+
+
 @pytest.mark.parametrize("fault", ["width", "keys", "generation"])
 def test_an_adapter_of_another_model_is_refused(fault, no_weights, files, tmp_path):
     shapes = io.shapes(io.open_base(files["base"]), "transformer")
@@ -199,7 +214,7 @@ def test_an_adapter_of_another_model_is_refused(fault, no_weights, files, tmp_pa
         "generation": "trained on generation 2.3, but the base .* of generation 2.0",
     }
     if fault == "width":
-        lora = jax.tree.map(lambda a: np.concatenate([a, a], -1), lora)
+        lora = jax.tree.map(lambda a: np.tile(a, (1, 2, 2)), lora)
     path = saved(tmp_path / "a.safetensors", lora, generation="2.0")
     if fault == "generation":
         path = saved(tmp_path / "a.safetensors", lora, generation="2.3")

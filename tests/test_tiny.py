@@ -1,5 +1,6 @@
 """The tiny checkpoint: complete, repeatable, and of sensible scale everywhere."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from idlora_jax import config, geometry, mel, prompts, tiny
+from idlora_jax import codecs, config, geometry, mel, presets, prompts, sampling, tiny
 from idlora_jax.data import synthetic, tokenize
 from idlora_jax.model import audio_vae, transformer, video_vae, vocoder
 from idlora_jax.types import AV, AudioGrid, each, stream
@@ -162,6 +163,24 @@ def test_text_and_transformer_give_values_of_order_one(model, written, clip):
 def test_the_prompt_matters(model, written):
     one, other = (prompt(model, written[1], text) for text in ("a dog", "a cat"))
     assert rms(one.video - other.video) > 0.1
+
+
+def test_a_checkpoint_of_2_3_passes_all_checks_and_sounds_at_48_khz(written, tmp_path):
+    """All but the transformer's steps, whose compilation would take a minute."""
+    embedded, states = tiny.tiny_config("2.3"), 7
+    nets = {n: io.read_config(n, embedded, "2.3", states) for n in io.NETWORKS}
+    params, path = tiny.drawn(nets, 0), tmp_path / "2.3.safetensors"
+    io.save_original(path, params, embedded)
+    files = {"base": path, "text_encoder": written[1], "output_dir": tmp_path}
+    job, _ = sampling.check(dataclasses.replace(presets.tiny_sample(), **files))
+    assert job.nets.generation == "2.3"
+    assert (job.nets.vocoder.sample_rate, job.nets.vocoder.factor) == (48000, 480)
+    names = ("audio_vae", "vocoder")
+    _, loaded = networks.load(path, names, dtype=jnp.bfloat16)
+    latents = jax.random.normal(jax.random.key(0), (1, 3, 16, 8))
+    _, heard = codecs.decode(job.nets, loaded, AV(None, latents))
+    assert heard.shape == (1, 2, (4 * 3 - 3) * 480) and heard.dtype == jnp.float32
+    assert 0.01 < rms(heard) < 0.7
 
 
 def test_any_text_encodes_and_decodes_and_captions_fit(written, clip):

@@ -63,6 +63,25 @@ def conv(torch: str, flax: str, *, bias: bool = True) -> tuple[Rule, ...]:
     return (weight, Rule(f"{torch}.bias", f"{flax}/bias")) if bias else (weight,)
 
 
+SCALES = {"weight_scale": "_scale", "input_scale": "_input_scale"}
+"""Numbers beside the weight of a Linear in 8 bits, and the ends of their paths."""
+
+
+def scale_key(weight: str, name: str) -> str:
+    """The key (or template) of a Linear's scale, from that of its weight."""
+    return weight.removesuffix("weight") + name
+
+
+def scales(table: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Rules for the scales of a table's Linears."""
+    return tuple(
+        Rule(scale_key(rule.torch, name), rule.flax + end)
+        for rule in table
+        if rule.layout == "linear"
+        for name, end in SCALES.items()
+    )
+
+
 def to_ours(layout: AxisLayout, ndim: int) -> tuple[int, ...]:
     """The axis permutation from torch's order to ours."""
     if layout == "as_is":
@@ -166,7 +185,7 @@ def gather(source: Source, read: Callable[[str], np.ndarray]) -> np.ndarray:
     present = [(layer, key) for layer, key in enumerate(source.keys) if key]
     first = one(present[0][1])
     if not source.stacked:
-        return np.ascontiguousarray(first)
+        return np.asarray(first, order="C")
     out = np.zeros((len(source.keys), *first.shape), first.dtype)
     for n, (layer, key) in enumerate(present):
         out[layer] = first if n == 0 else one(key)
@@ -237,5 +256,5 @@ def export(tree: Mapping[str, Any], rules: Iterable[Rule]) -> dict[str, np.ndarr
         for layer, (key, rule) in enumerate(named):
             one = array[layer] if "{L}" in rule.torch else array
             back = np.argsort(to_ours(rule.layout, one.ndim))
-            out[key] = np.ascontiguousarray(one.transpose(back))
+            out[key] = np.asarray(one.transpose(back), order="C")
     return out

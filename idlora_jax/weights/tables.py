@@ -1,12 +1,13 @@
 """The rule tables: every key of every supported checkpoint file.
 
 `BASE` covers the single-file LTX checkpoints of both generations, `GEMMA` the text
-encoder's folder. Key names: shared facts section 15; paths are those of `model/`.
+encoder's folder, `UPSAMPLER` the files of latent upsamplers. Key names:
+shared facts section 15; paths are those of `model/`.
 """
 
 from __future__ import annotations
 
-from idlora_jax.weights.rules import Rule, conv, linear
+from idlora_jax.weights.rules import Rule, conv, linear, scales
 
 _DIT = "model.diffusion_model."
 
@@ -24,6 +25,11 @@ def _attention(torch: str, flax: str) -> tuple[Rule, ...]:
 def _mlp(torch: str, first: str, second: str, flax: str) -> tuple[Rule, ...]:
     up = linear(f"{torch}.{first}", f"{flax}/up")
     return (*up, *linear(f"{torch}.{second}", f"{flax}/down"))
+
+
+def _norm(torch: str, flax: str) -> tuple[Rule, ...]:
+    scale = Rule(f"{torch}.weight", f"{flax}/scale")
+    return scale, Rule(f"{torch}.bias", f"{flax}/bias")
 
 
 def _adaln(torch: str, flax: str) -> tuple[Rule, ...]:
@@ -90,14 +96,44 @@ def _conv3d(torch: str, flax: str) -> tuple[Rule, ...]:
     return conv(f"vae.{torch}.conv", f"video_vae/{flax}")
 
 
+def _video_residual(torch: str, flax: str) -> tuple[Rule, ...]:
+    """One residual block of the video VAE, with all it can have."""
+    theirs, ours = f"vae.{torch}", f"video_vae/{flax}"
+    return (
+        *_conv3d(f"{torch}.conv{{k}}", f"{flax}/conv{{k}}"),
+        *_norm(f"{theirs}.norm{{k}}", f"{ours}/norm{{k}}"),
+        *conv(f"{theirs}.conv_shortcut", f"{ours}/shortcut"),
+        Rule(f"{theirs}.per_channel_scale{{k}}", f"{ours}/noise_scale{{k}}", "conv"),
+        Rule(f"{theirs}.scale_shift_table", f"{ours}/table"),
+    )
+
+
+def _video_time(torch: str, flax: str) -> tuple[Rule, ...]:
+    embedder = f"vae.{torch}.timestep_embedder"
+    return _mlp(embedder, "linear_1", "linear_2", f"video_vae/{flax}")
+
+
 def _video_half(side: str, way: str) -> tuple[Rule, ...]:
     blocks, ours = f"{side}.{way}_blocks.{{i}}", f"{side}/blocks_{{i}}"
     return (
         *_conv3d(f"{side}.conv_in", f"{side}/conv_in"),
-        *_conv3d(f"{blocks}.res_blocks.{{j}}.conv{{k}}", f"{ours}/res_{{j}}/conv{{k}}"),
+        *_video_residual(f"{blocks}.res_blocks.{{j}}", f"{ours}/res_{{j}}"),
+        *_video_residual(blocks, ours),
         *_conv3d(f"{blocks}.conv", f"{ours}/conv"),
+        *_norm(f"vae.{side}.conv_norm_out", f"video_vae/{side}/norm_out"),
         *_conv3d(f"{side}.conv_out", f"{side}/conv_out"),
     )
+
+
+_VIDEO_STRIDED = conv(
+    "vae.encoder.down_blocks.{i}.conv", "video_vae/encoder/blocks_{i}/strided"
+)
+_VIDEO_TIMESTEP = (
+    *_video_time("decoder.up_blocks.{i}.time_embedder", "decoder/blocks_{i}/time"),
+    *_video_time("decoder.last_time_embedder", "decoder/time"),
+    Rule("vae.decoder.last_scale_shift_table", "video_vae/decoder/table"),
+    Rule("vae.decoder.timestep_scale_multiplier", "video_vae/decoder/timestep_scale"),
+)
 
 
 def _statistics(torch: str, flax: str, names: tuple[str, ...]) -> tuple[Rule, ...]:
@@ -117,6 +153,8 @@ _UNUSED = ("mean-of-stds", "mean-of-stds_over_std-of-means", "channel")
 VIDEO_VAE: tuple[Rule, ...] = (
     *_video_half("encoder", "down"),
     *_video_half("decoder", "up"),
+    *_VIDEO_STRIDED,
+    *_VIDEO_TIMESTEP,
     *_statistics("vae", "video_vae", _USED + _UNUSED),
 )
 
@@ -145,18 +183,54 @@ AUDIO_VAE: tuple[Rule, ...] = (
     *_statistics("audio_vae", "audio_vae", _USED),
 )
 
+
+def _snake(torch: str, flax: str) -> tuple[Rule, ...]:
+    filters = {"upsample": "up", "downsample.lowpass": "down"}
+    return (
+        *(Rule(f"{torch}.act.{n}", f"{flax}/{n}") for n in ("alpha", "beta")),
+        *(
+            Rule(f"{torch}.{t}.filter", f"{flax}/{f}_filter", "conv")
+            for t, f in filters.items()
+        ),
+    )
+
+
+def _generator(torch: str, flax: str) -> tuple[Rule, ...]:
+    block, ours = f"{torch}resblocks.{{i}}", f"{flax}res_{{i}}"
+    return (
+        *conv(f"{torch}conv_pre", f"{flax}conv_in"),
+        Rule(f"{torch}ups.{{i}}.weight", f"{flax}up_{{i}}/kernel", "conv_transpose"),
+        Rule(f"{torch}ups.{{i}}.bias", f"{flax}up_{{i}}/bias"),
+        *conv(f"{block}.convs1.{{j}}", f"{ours}/dilated_{{j}}"),
+        *conv(f"{block}.convs2.{{j}}", f"{ours}/plain_{{j}}"),
+        *_snake(f"{block}.acts1.{{j}}", f"{ours}/dilated_{{j}}_act"),
+        *_snake(f"{block}.acts2.{{j}}", f"{ours}/plain_{{j}}_act"),
+        *_snake(f"{torch}act_post", f"{flax}act_out"),
+        *conv(f"{torch}conv_post", f"{flax}conv_out"),
+    )
+
+
+_STFT = "vocoder.mel_stft."
+
 VOCODER: tuple[Rule, ...] = (
-    *conv("vocoder.conv_pre", "vocoder/conv_in"),
-    Rule("vocoder.ups.{i}.weight", "vocoder/up_{i}/kernel", "conv_transpose"),
-    Rule("vocoder.ups.{i}.bias", "vocoder/up_{i}/bias"),
-    *conv("vocoder.resblocks.{i}.convs1.{j}", "vocoder/res_{i}/dilated_{j}"),
-    *conv("vocoder.resblocks.{i}.convs2.{j}", "vocoder/res_{i}/plain_{j}"),
-    *conv("vocoder.conv_post", "vocoder/conv_out"),
+    *_generator("vocoder.", "vocoder/"),
+    *_generator("vocoder.vocoder.", "vocoder/base/"),
+    *_generator("vocoder.bwe_generator.", "vocoder/bwe/"),
+    Rule(f"{_STFT}stft_fn.forward_basis", "vocoder/stft/forward", "conv"),
+    Rule(f"{_STFT}stft_fn.inverse_basis", "vocoder/stft/inverse", "conv"),
+    Rule(f"{_STFT}mel_basis", "vocoder/stft/mel", "linear"),
 )
 
-GEMMA_IGNORED = ("vision_tower.", "multi_modal_projector.")
+GEMMA_IGNORED = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+    "lm_head.",
+    "language_model.lm_head.",
+)
 """Prefixes of keys in a Gemma folder that are not ours: the published model also reads
-images, the text encoder does not."""
+images and predicts words, the text encoder does not."""
 
 
 def _gemma() -> tuple[Rule, ...]:
@@ -183,4 +257,27 @@ def _gemma() -> tuple[Rule, ...]:
 
 GEMMA: tuple[Rule, ...] = _gemma()
 
+
+def _upsampler_blocks(torch: str, flax: str) -> tuple[Rule, ...]:
+    layer, ours = f"{torch}.{{i}}", f"{flax}_{{i}}"
+    return (
+        *conv(f"{layer}.conv{{k}}", f"{ours}/conv{{k}}"),
+        *_norm(f"{layer}.norm{{k}}", f"{ours}/norm{{k}}"),
+    )
+
+
+UPSAMPLER: tuple[Rule, ...] = (
+    *conv("initial_conv", "upsampler/conv_in"),
+    *_norm("initial_norm", "upsampler/norm_in"),
+    *_upsampler_blocks("res_blocks", "upsampler/before"),
+    *conv("upsampler.0", "upsampler/shuffle"),
+    *conv("upsampler.conv", "upsampler/rational/conv"),
+    Rule("upsampler.blur_down.kernel", "upsampler/rational/blur/kernel", "conv"),
+    *_upsampler_blocks("post_upsample_res_blocks", "upsampler/after"),
+    *conv("final_conv", "upsampler/conv_out"),
+)
+
 BASE = TRANSFORMER + TEXT_CONNECTOR + VIDEO_VAE + AUDIO_VAE + VOCODER
+
+SCALES: tuple[Rule, ...] = scales(BASE)
+"""Of Linears in 8 bits; which ones are, differs between checkpoints (see `fp8`)."""

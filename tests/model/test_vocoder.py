@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from codec_sections import TINY_VOCODER
 
-from idlora_jax.config_codecs import vocoder_config
+from idlora_jax.config_vocoder import vocoder_config
 from idlora_jax.model import vocoder
 
 CFG = vocoder_config({"vocoder": TINY_VOCODER})
@@ -47,7 +47,10 @@ def test_silent_weights_give_silence(synthesize, params, mel):
 
 def test_the_left_channel_feeds_the_first_half_of_the_features(synthesize, params, mel):
     kernel = params["conv_in"]["kernel"]
-    swapped = {"kernel": jnp.roll(kernel, 64, axis=1), "bias": jnp.zeros(CFG.width)}
+    swapped = {
+        "kernel": jnp.roll(kernel, 64, axis=1),
+        "bias": jnp.zeros(CFG.generator.width),
+    }
     other = synthesize(params | {"conv_in": swapped}, mel[..., ::-1])
     np.testing.assert_allclose(other, synthesize(params, mel), atol=1e-6)
 
@@ -67,13 +70,6 @@ def test_a_residual_block_without_weights_passes_its_input():
     np.testing.assert_array_equal(block.apply(zeros, x), x)
 
 
-def test_the_sample_rate_is_24_khz_unless_the_file_says_otherwise():
-    assert CFG.sample_rate == 24000
-    for key in ("output_sample_rate", "output_sampling_rate"):
-        cfg = vocoder_config({"vocoder": TINY_VOCODER | {key: 16000}})
-        assert cfg.sample_rate == 16000
-
-
 def test_the_computation_runs_in_the_dtype_of_the_input(params):
     mel = jax.ShapeDtypeStruct((1, 2, 64, 2), jnp.bfloat16)
     wave = jax.eval_shape(partial(vocoder.synthesize, CFG, params), mel)
@@ -83,17 +79,3 @@ def test_the_computation_runs_in_the_dtype_of_the_input(params):
 def test_another_number_of_mel_bins_is_refused(params):
     with pytest.raises(ValueError, match=r"expected \[B T 64 2\] with T >= 1, got"):
         vocoder.synthesize(CFG, params, jnp.zeros((1, 3, 80, 2)))
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"vocoder": {}, "bwe": {}}, r"LTX-2.3 \('bwe'\) is not supported yet"),
-        ({"resblock": "2"}, "resblock = '2' is not supported, expected '1'"),
-        ({"stereo": False}, "stereo = False is not supported"),
-        ({"upsample_rates": [2]}, "upsample_kernel_sizes has 5 entries, expected 1"),
-    ],
-)
-def test_a_config_of_another_network_is_refused(section, message):
-    with pytest.raises(ValueError, match=message):
-        vocoder_config({"vocoder": section})
