@@ -30,7 +30,7 @@ from idlora_jax.weights import (
     lora_match,
     lora_names,
 )
-from idlora_jax.weights.io import BaseFile
+from idlora_jax.weights.bases import BaseFile
 from idlora_jax.weights.lora import Item
 from idlora_jax.weights.lora_files import LoraFile
 from idlora_jax.weights.lora_match import Pair, Report
