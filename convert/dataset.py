@@ -19,10 +19,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from idlora_jax.commandline import FAILURE, status_of
+from idlora_jax.commandline import DTYPES, FAILURE, status_of
 
 NAME = "[a-z][a-z0-9_]*"
-DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

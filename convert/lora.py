@@ -16,12 +16,9 @@ import math
 import sys
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-
+from idlora_jax.commandline import DTYPES, status_of
 from idlora_jax.weights import adapter_files
 from idlora_jax.weights.lora_names import FORMATS
-
-DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,9 +54,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check and rewrite; 0 on success, 1 with one message on failure."""
-    args = arguments(argv)
+def work(args: argparse.Namespace) -> None:
+    """Check or rewrite, as the command line says."""
+    if args.check:
+        partial = args.allow_partial
+        adapter_files.check(args.source, args.base, allow_partial=partial)
+        return
     wanted = adapter_files.Wanted(
         format=args.format or "comfyui",
         strength=args.strength,
@@ -67,17 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=DTYPES.get(args.dtype),
         allow_partial=args.allow_partial,
     )
-    source, base = args.source, args.base
-    try:
-        if args.check:
-            partial = args.allow_partial
-            adapter_files.check(source, base, allow_partial=partial)
-        else:
-            adapter_files.rewrite(source, base, args.output, wanted)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    adapter_files.rewrite(args.source, args.base, args.output, wanted)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script: 0 on success, 1 with one message on failure, 2 on wrong usage."""
+    args = arguments(argv)
+    return status_of(lambda: work(args))
 
 
 if __name__ == "__main__":

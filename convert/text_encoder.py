@@ -16,12 +16,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-
-from idlora_jax.commandline import status_of
+from idlora_jax.commandline import DTYPES, status_of
 from idlora_jax.weights import text_encoder_files
-
-DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -15,12 +15,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-
-from idlora_jax.commandline import FAILURE, status_of
+from idlora_jax.commandline import DTYPES, FAILURE, status_of
 from idlora_jax.weights import upsampler_check, upsampler_files
-
-DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

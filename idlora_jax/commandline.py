@@ -22,6 +22,8 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 Config = TypeVar("Config")
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+"""Names of dtypes by what `--dtype` of the converting scripts takes."""
 
 
 def load_config(path: str | Path, kind: type[Config]) -> Config:

@@ -21,13 +21,19 @@ import numpy as np
 
 from idlora_jax import __version__
 from idlora_jax.files import PathLike, problem
-from idlora_jax.weights import bases, fp8_files, io, leaves, shards, tensorfile
+from idlora_jax.weights import (
+    bases,
+    exporting,
+    fp8_files,
+    io,
+    leaves,
+    shards,
+    tensorfile,
+)
 from idlora_jax.weights.bases import BaseFile
 from idlora_jax.weights.fp8 import FLOAT8, Choice, require_choice, stored
 from idlora_jax.weights.progress import bar
 
-PROBES = 32
-"""Tensors that are compared to recognise an export."""
 Say = Callable[[str], Any]
 Located = dict[str, tuple[dict[str, leaves.Leaf], dict[str, leaves.Source]]]
 
@@ -168,27 +174,6 @@ def convert_base(
     return True
 
 
-def _is_exported(
-    path: Path, entries: Sequence[tensorfile.Entry], metadata: Mapping[str, str]
-) -> bool:
-    """Whether a file is this export already; anything else there is an error.
-
-    Names, shapes, dtypes and metadata are compared, and the bits of some tensors.
-    """
-    if not path.exists():
-        return False
-    head, tensors = tensorfile.header(path), tensorfile.tensors_of(path)
-    held = {k: v for k, v in head.metadata.items() if k != tensorfile.HASH}
-    same = held == dict(metadata) and head.tensors == {e.name: e.spec for e in entries}
-    for entry in entries[:: max(1, len(entries) // PROBES)] if same else ():
-        want = np.concatenate([np.ravel(piece) for piece in entry.pieces()])
-        same &= tensors.tensor(entry.name).tobytes() == want.tobytes()
-    if not same:
-        got, hint = "another file", "choose another name, or remove this one"
-        raise problem("export", path, got, "a new file", hint)
-    return True
-
-
 def export_base(folder: PathLike, path: PathLike, *, say: Say = print) -> str:
     """Write a converted folder as an original single file; the inverse of converting.
 
@@ -196,7 +181,8 @@ def export_base(folder: PathLike, path: PathLike, *, say: Say = print) -> str:
         The hash recorded in the file. A file that is this export already is kept.
 
     Raises:
-        ValueError: if the folder is no complete converted base, or the file another.
+        ValueError: if the folder is no complete converted base, another file has the
+            name, or the disk has no room.
         OSError: if it cannot be written; nothing is left behind.
     """
     base = io.open_base(folder)
@@ -209,16 +195,7 @@ def export_base(folder: PathLike, path: PathLike, *, say: Say = print) -> str:
         entries += fp8_files.original_entries(*io.locate(base, name))
     entries = [_narrowed(entry, mixed.get(entry.name)) for entry in entries]
     about = io.with_config(base.config, base.metadata)
-    if _is_exported(Path(path), entries, about):
-        say(f"{path} holds this export already; nothing to do")
-        return tensorfile.header(path).metadata[tensorfile.HASH]
-    total = sum(entry.spec.nbytes for entry in entries)
-    shards.require_space(Path(path).absolute().parent, total)
-    with bar(total, "exporting") as progress:
-        counted = [shards.counted(entry, progress) for entry in entries]
-        digest = tensorfile.write(path, counted, about)
-    say(f"wrote {path}: {len(entries)} tensors")
-    return digest
+    return exporting.export(path, entries, about, say=say)
 
 
 def _narrowed(entry: tensorfile.Entry, name: str | None) -> tensorfile.Entry:

