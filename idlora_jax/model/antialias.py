@@ -9,9 +9,9 @@ applied there, and the result low-passed and brought back:
 
 where `down` is one low-pass filter of 12 taps cut into its phases, `up` another one
 reversed and doubled. Edge values are repeated outside the signal. Both filters are
-buffers of the checkpoint. A filter acts on each channel alone and is the same for all:
-the convolutions here have the phases as channels, and the channels as a second axis of
-space (twice as fast on CPU as one group a channel, measured).
+buffers of the checkpoint. A filter acts on each channel alone and is the same for all,
+so that 16 samples at a time are a product with one banded matrix, mostly of zeros but
+dense: 15 times as fast on CPU as a convolution (measured).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import functools
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
 RATIO, TAPS = 2, 12
+BLOCK = 16
 EPSILON = 1e-9
 
 
@@ -50,17 +50,24 @@ def phases(kernel: Float[Array, "K 1 1"]) -> Float[Array, "I P"]:
     return jnp.pad(kernel[:, 0, 0], 1).reshape(-1, RATIO)
 
 
-def _edges(x: Float[Array, "B N D"], width: int) -> Float[Array, "B M D"]:
-    return jnp.pad(x, ((0, 0), (width, width), (0, 0)), mode="edge")
+def _windows(
+    x: Float[Array, "B N D"], size: int, extra: int
+) -> Float[Array, "B n I D"]:
+    """Blocks of `size` samples, with `extra` of their neighbours, half on each side."""
+    batch, samples, width = x.shape
+    count = -(-samples // size)
+    before = extra // 2
+    after = (count + 1) * size - before - samples
+    x = jnp.pad(x, ((0, 0), (before, after), (0, 0)), mode="edge")
+    blocks = x.reshape(batch, count + 1, size, width)
+    return jnp.concatenate([blocks[:, :-1], blocks[:, 1:, :extra]], axis=2)
 
 
-def _convolve(
-    x: Float[Array, "B N I D"], kernel: Float[Array, "K I O"]
-) -> Float[Array, "B M O D"]:
-    numbers = ("NHCW", "HWIO", "NHCW")
-    kernel = kernel[:, None].astype(x.dtype)
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), [(0, 0), (0, 0)], dimension_numbers=numbers
+def _band(taps: Float[Array, "I P"]) -> Float[Array, "W S P"]:
+    """The filters at each of the S = `BLOCK` places of a block, W = S + I - 1."""
+    last = BLOCK - 1
+    return jnp.stack(
+        [jnp.pad(taps, ((s, last - s), (0, 0))) for s in range(BLOCK)], axis=1
     )
 
 
@@ -71,14 +78,15 @@ def interpolate(
 
     Args:
         x: edge values are repeated outside it.
-        taps: a filter for each phase, over an odd number I of samples.
+        taps: a filter for each phase, over an odd number I <= `BLOCK` + 1 of samples.
 
     Returns:
         M = N P samples.
     """
-    size, many = taps.shape
-    y = _convolve(_edges(x, size // 2)[:, :, None], taps[:, None])
-    return y.reshape(len(x), many * x.shape[1], x.shape[2])
+    (batch, samples, width), (size, many) = x.shape, taps.shape
+    band = _band(taps.astype(x.dtype)).reshape(BLOCK + size - 1, -1)
+    y = jnp.einsum("bnid,io->bnod", _windows(x, BLOCK, size - 1), band)
+    return y.reshape(batch, -1, width)[:, : many * samples]
 
 
 def decimate(
@@ -93,10 +101,11 @@ def decimate(
     Returns:
         N = M / P samples.
     """
-    size, many = taps.shape
-    x = _edges(x, size // 2 * many)
-    split = x.reshape(len(x), x.shape[1] // many, many, x.shape[2])
-    return _convolve(split, taps[:, :, None])[:, :, 0]
+    (batch, samples, width), (size, many) = x.shape, taps.shape
+    band = _band(taps.astype(x.dtype)).transpose(0, 2, 1).reshape(-1, BLOCK)
+    windows = _windows(x, BLOCK * many, (size - 1) * many)
+    y = jnp.einsum("bnid,io->bnod", windows, band)
+    return y.reshape(batch, -1, width)[:, : samples // many]
 
 
 def snake(

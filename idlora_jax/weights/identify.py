@@ -283,6 +283,21 @@ def identify(path: PathLike) -> Kind:
         return _other(f"a damaged folder ({error})", "copy or download it again")
 
 
+def require_lora(path: PathLike, head: Header) -> None:
+    """Refuse what is certainly no LoRA; what is unknown may be one.
+
+    Args:
+        path: the file.
+        head: its header.
+
+    Raises:
+        ValueError: saying what the file is, and which script takes it.
+    """
+    found = of_header(head)
+    if found.kind not in ("lora", "adapter of ours", "unknown"):
+        raise problem("lora", path, found.description, "a LoRA file", found.advice)
+
+
 def require_base(path: PathLike, head: Header) -> None:
     """Refuse what is known to be something else than a base checkpoint.
 

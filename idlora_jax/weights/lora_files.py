@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from idlora_jax.files import PathLike, problem
-from idlora_jax.weights import tensorfile
+from idlora_jax.weights import identify, tensorfile
 from idlora_jax.weights.lora_match import Pair
 from idlora_jax.weights.rules import KeyMismatchError
 from idlora_jax.weights.tensorfile import Tensors
@@ -170,6 +170,8 @@ def open_lora(path: PathLike) -> LoraFile:
     path = Path(path)
     files = _files(path)
     heads = {about: tensorfile.header(file) for about, file in files.items()}
+    for about, head in heads.items():
+        identify.require_lora(files[about], head)
     opened = tensorfile.tensors_of(*files.values())
     settings: dict[str, Settings] = {}
     recorded: dict[str, Any] = {}

@@ -6,6 +6,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+import sparse_files
 from safetensors.numpy import save_file
 
 from idlora_jax import config
@@ -157,3 +158,16 @@ def test_no_tensors_are_no_adapter(tmp_path):
     file = lora_files.open_lora(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="holds no tensors"):
         lora_match.match(file.tensors.specs, BASES)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("ltx-2-19b-dev", r"a base checkpoint of generation 2\.0.*convert/base\.py"),
+        ("ltx-2-spatial-upscaler-x2-1.0", r"a latent upsampler.*convert/upsampler"),
+    ],
+)
+def test_what_is_no_lora_at_all_is_named(tmp_path, name, what):
+    path = sparse_files.write(tmp_path / "x.safetensors", name)
+    with pytest.raises(ValueError, match=what):
+        lora_files.open_lora(path)
