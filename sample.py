@@ -25,7 +25,8 @@ def main() -> None:
     from idlora_jax import sampling
 
     job, inputs = sampling.check(config)
-    with tqdm(total=config.steps, unit="step", disable=not config.progress) as bar:
+    total = sum(stage.sigmas.steps for stage in job.plan.stages)
+    with tqdm(total=total, unit="step", disable=not config.progress) as bar:
         step = (lambda *_: bar.update()) if config.progress else None
         result, seconds = sampling.generate(job, inputs, step)
     for path in sampling.write(job, result, seconds):

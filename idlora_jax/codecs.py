@@ -11,7 +11,9 @@ audibly worse in bfloat16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +23,13 @@ from jaxtyping import Array, Float, Float32, UInt8
 from idlora_jax import images, mel
 from idlora_jax.config_codecs import AudioVAEConfig
 from idlora_jax.config_video_vae import VideoVAEConfig
-from idlora_jax.model import audio_vae, video_vae, vocoder
+from idlora_jax.model import audio_vae, video_tiles, video_vae, vocoder
+from idlora_jax.model.tiling import Tiles
 from idlora_jax.types import AV, Tree, VideoGrid, each
 from idlora_jax.weights.networks import Networks
 
+WHOLE = 4096
+"""Latent pixels that are decoded at once: 121 frames of 512 x 512."""
 NOISE_SEED = 0
 """Of the noise that some video decoders use: decoding gives the same picture again."""
 
@@ -93,9 +98,32 @@ def encode_reference(
     return _encode_audio(cfg, params, jnp.asarray(reference_mel(cfg, wave)))
 
 
+def decode_video(
+    cfg: VideoVAEConfig, params: Tree, latent: Float[Array, "B f h w C"]
+) -> UInt8[Array, "B F H W 3"] | UInt8[np.ndarray, "B F H W 3"]:
+    """Pixels of video latents; large clips tile by tile (see `video_tiles`).
+
+    A clip of up to `WHOLE` latent pixels is decoded at once. Of a larger one, finished
+    frames are moved to the host, so that the device holds one slab of frames.
+
+    Args:
+        cfg: static.
+        params: of the video VAE.
+        latent: normalised, float32.
+
+    Source: ltx_core/model/video_vae/video_vae.py: decode_video.
+    """
+    draws = video_vae.draw(jax.random.key(NOISE_SEED), cfg, latent.shape)
+    if math.prod(latent.shape[1:4]) <= WHOLE:
+        return video_vae.to_uint8(_decode_video(cfg, params, latent, draws=draws))
+    options: dict[str, Any] = {"draws": draws, "finish": video_vae.to_uint8}
+    chunks = video_tiles.decode_chunks(cfg, params, latent, Tiles(), **options)
+    return np.concatenate([np.asarray(chunk) for chunk in chunks], 1)
+
+
 def decode(
     nets: Networks, params: Mapping[str, Tree], latents: AV
-) -> tuple[UInt8[Array, "B F H W 3"] | None, Float32[Array, "B 2 N"] | None]:
+) -> tuple[Any, Float32[Array, "B 2 N"] | None]:
     """Pixels and sound of latents.
 
     Args:
@@ -103,17 +131,15 @@ def decode(
         params: by network: "video_vae", "audio_vae", "vocoder".
         latents: `AV` of [B F H W C] and [B T M C], normalised; either may be None.
 
-    Source: ltx_core/model/video_vae/video_vae.py: decode_video;
-        ltx_core/model/audio_vae/audio_vae.py: decode_audio.
+    Returns:
+        uint8 [B F H W 3] (see `decode_video`) and float32 [B 2 N].
+
+    Source: ltx_core/model/audio_vae/audio_vae.py: decode_audio.
     """
     latents = each(lambda x: x.astype(jnp.float32), latents)
     video = wave = None
     if latents.video is not None:
-        cfg, shape = nets.video_vae, latents.video.shape
-        draws = video_vae.draw(jax.random.key(NOISE_SEED), cfg, shape)
-        own = params["video_vae"]
-        pixels = _decode_video(cfg, own, latents.video, draws=draws)
-        video = video_vae.to_uint8(pixels)
+        video = decode_video(nets.video_vae, params["video_vae"], latents.video)
     if latents.audio is not None:
         log_mel = _decode_audio(nets.audio_vae, params["audio_vae"], latents.audio)
         wave = _synthesize(nets.vocoder, params["vocoder"], log_mel)

@@ -42,7 +42,7 @@ class GeneratorConfig:
 
     @property
     def factor(self) -> int:
-        """Samples per mel frame."""
+        """Samples per mel frame, where kernels exceed rates by even numbers."""
         return math.prod(self.rates)
 
 

@@ -130,7 +130,7 @@ class _Guided:
             guided = guidance.combine(
                 x0, weights, rescale=rescale, over=self.over, project=steps
             )
-        return each(pin, guided, streams), memory
+        return guided, memory
 
 
 def make_denoiser(
@@ -146,7 +146,7 @@ def make_denoiser(
     rescale: tuple[float, float] | None = None,
     over: Literal["sample", "batch"] = "sample",
 ) -> Denoise:
-    """Guided clean prediction by the transformer.
+    """Guided clean prediction by the transformer, of given tokens, too (see `pin`).
 
     The result is a pytree whose leaves are the arrays given here: `sample` compiles it
     once per `apply`, terms, targets and mode. `apply` counts as the same only if it is
@@ -182,7 +182,10 @@ def predictions(denoise: Denoise, streams: AV, sigma: Any) -> tuple[AV, ...]:
 
 
 class Record(NamedTuple):
-    """Input and prediction of every model call, `AV` of [calls B T C] each."""
+    """Input and prediction of every model call, `AV` of [calls B T C] each.
+
+    The guided prediction is as it was made: given tokens are set back after it.
+    """
 
     x: AV
     x0: AV
@@ -219,9 +222,10 @@ def _advance(
     """One model call and one solver step: the body `sample` and `iterate` share."""
     now = _with_x(streams, state.x)
     x0, memory = denoise(now, row.sigma, row.weights, state.memory)
-    x0 = each(pin, each(_float32, x0), streams)
+    x0 = each(_float32, x0)
     noise = _noise(row.draws, state.x)
-    x, carry = step(state.x, x0, state.carry, row.rows, noise)
+    given = each(pin, x0, streams)
+    x, carry = step(state.x, given, state.carry, row.rows, noise)
     return _State(each(pin, x, streams), carry, memory), Record(state.x, x0)
 
 

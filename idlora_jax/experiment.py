@@ -201,7 +201,7 @@ NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far predictions are pushed; see `plans.one_stage`.
+    """How far predictions are pushed; see `plans.Scales`.
 
     Attributes:
         video_cfg: towards the prompt, video; 1 is off.
@@ -210,6 +210,7 @@ class Guidance:
         stg: away from skipped self-attention; 0 is off.
         stg_layer: where it is skipped, counted from 0.
         bimodal: towards video and audio that fit each other; 1 is off.
+        star: whether the negative prediction is scaled first (CFG-star).
     """
 
     video_cfg: float = 3.0
@@ -218,6 +219,11 @@ class Guidance:
     stg: float = 1.0
     stg_layer: int = 29
     bimodal: float = 3.0
+    star: bool = False
+
+
+REFINING = ("two_stage", "two_stage_hq")
+"""Plans whose second stage works at twice the size."""
 
 
 @dataclass(frozen=True)
@@ -230,17 +236,23 @@ class SampleConfig:
         prompt: "[VISUAL]: ... [SPEECH]: ... [SOUNDS]: ...".
         negative_prompt: what to stay away from.
         lora: adapter files.
-        lora_strength: one factor per file; none: 1 each.
+        lora_strength: one factor per file; none: 1 each. A refining stage uses none of
+            these files.
+        plan: which pipeline; see `plans`.
+        upsampler: the latent upsampler, for plans that refine.
+        distilled_lora: for plans that refine, and for "distilled" on a base that is not
+            distilled.
+        distilled_strength: one factor per stage; none: the plan's own.
         reference_audio: recording of the voice to take; None: no reference.
         first_frame: picture (or video) to start from; None: free.
         fit: how it is brought to size, cropped or stretched.
         output_dir: for `<name>.mp4`, `<name>.wav` and `<name>.json`.
         name: of these files.
         frames: 8k+1.
-        height: pixels, a multiple of 32.
-        width: pixels, a multiple of 32.
+        height: pixels, a multiple of 32; a plan that refines gives twice as many.
+        width: pixels, likewise.
         fps: frames per second.
-        steps: of the solver.
+        steps: of the first stage's solver; "distilled" has its own eight.
         seed: of the noise.
         guidance: how far predictions are pushed.
         branches: how the passes of a step are laid out; results are equal.
@@ -259,6 +271,10 @@ class SampleConfig:
     negative_prompt: str = NEGATIVE_PROMPT
     lora: tuple[Path, ...] = ()
     lora_strength: tuple[float, ...] = ()
+    plan: Literal["one_stage", "two_stage", "two_stage_hq", "distilled"] = "one_stage"
+    upsampler: Path | None = None
+    distilled_lora: Path | None = None
+    distilled_strength: tuple[float, ...] = ()
     reference_audio: Path | None = None
     first_frame: Path | None = None
     fit: Literal["crop", "stretch"] = "crop"
@@ -291,6 +307,13 @@ class SampleConfig:
         _require(0 < self.fps < 1000, "fps", self.fps, "above 0 (use 25)")
         good = len(factors) in (0, len(files))
         _require(good, "lora_strength", factors, f"{len(files)} factors, one per file")
+        stages = 2 if self.plan in REFINING else 1
+        for name in ("upsampler", "distilled_lora") if stages == 2 else ():
+            value = getattr(self, name)
+            _require(value is not None, name, value, f"a file, for plan {self.plan!r}")
+        good = len(self.distilled_strength) in (0, stages)
+        text = f"{stages} factors, one per stage"
+        _require(good, "distilled_strength", self.distilled_strength, text)
         plain_name = Path(self.name).name == self.name
         _require(plain_name, "name", self.name, "a file name without folder or ending")
 

@@ -1,6 +1,7 @@
 """From a request to media: build streams, sample each stage of a plan, decode.
 
     request --start--> streams --denoise.sample--> streams --finish--> latents
+    latents --enlarge--> twice the sides --refine--> streams, and so on
     latents --video VAE--> video u8 [B F H W 3]
     latents --audio VAE--> log-mel --vocoder--> wave f32 [B 2 N]
 
@@ -13,53 +14,57 @@ each draw, or enters as values in the same place (`Request.noise`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from idlora_jax import adapters as lora
-from idlora_jax import codecs, denoise, geometry, plans, streams
+from idlora_jax import codecs, denoise, plans
 from idlora_jax.config import TransformerConfig
-from idlora_jax.model import transformer
+from idlora_jax.config_upsampler import UpsamplerConfig
+from idlora_jax.model import transformer, upsampler
 from idlora_jax.model.attention import Backend
 from idlora_jax.plans import Plan, Stage
-from idlora_jax.types import (
-    AV,
-    Adapter,
-    Layout,
-    Numerics,
-    Prompt,
-    Stream,
-    Tree,
-    VideoGrid,
-    each,
+from idlora_jax.starts import (
+    LARGER,
+    Request,
+    add_noise,
+    clip,
+    draw_noise,
+    finish,
+    larger,
+    of_stage,
+    refine,
+    start,
+    target_counts,
 )
+from idlora_jax.types import AV, Adapter, Layout, Numerics, Prompt, Tree, each
 from idlora_jax.weights.networks import Networks
+
+__all__ = [
+    "Media",
+    "Request",
+    "add_noise",
+    "clip",
+    "denoiser",
+    "draw_noise",
+    "enlarge",
+    "finish",
+    "larger",
+    "network",
+    "refine",
+    "run",
+    "sample",
+    "stages",
+    "start",
+    "with_adapters",
+]
 
 Progress = Callable[[int, int], Any]
 """(steps done, steps in all)."""
-
-
-class Request(NamedTuple):
-    """What B samples are made from.
-
-    Attributes:
-        prompts: `Prompt`s after the connectors: positive, then negative (which only
-            text guidance reads).
-        reference: audio latents [B Tr M C] of the voice to take; None: no reference.
-        first_frame: video latent [B 1 H W C] to start from; None: free.
-        noise: `AV` of standard normal [B T C] in the streams' order (targets, then
-            reference rows, which are not used); None: drawn from the key.
-    """
-
-    prompts: Any
-    reference: Any = None
-    first_frame: Any = None
-    noise: Any = None
 
 
 class Media(NamedTuple):
@@ -74,93 +79,6 @@ class Media(NamedTuple):
     video: Any
     wave: Any
     latents: Any
-
-
-def clip(
-    frames: geometry.Real,
-    height: geometry.Real,
-    width: geometry.Real,
-    fps: geometry.Real = 25.0,
-) -> Layout:
-    """A video and the sound of its length.
-
-    Args:
-        frames: 8k+1.
-        height: pixels, a multiple of 32.
-        width: pixels, a multiple of 32.
-        fps: frames per second.
-
-    Raises:
-        ValueError: naming the nearest valid value.
-    """
-    video = geometry.video_grid(frames, height, width, fps)
-    return Layout(video, geometry.audio_grid(video.frames, video.fps))
-
-
-def target_counts(layout: Layout) -> AV:
-    """Number of target tokens of each modality."""
-    return each(geometry.tokens, AV(layout.video, layout.audio))
-
-
-def start(request: Request, layout: Layout, *, numerics: Numerics = "exact") -> AV:
-    """The streams of a request, still without noise.
-
-    Args:
-        request: see `Request`.
-        layout: the clip; a modality may be absent.
-        numerics: how positions are made.
-
-    Raises:
-        ValueError: if first frame or reference do not fit the layout.
-
-    Source: scripts/inference_one_stage.py: _create_video_state, _create_audio_state.
-    """
-    text = request.prompts[0]
-    batch = len(text.video if text.audio is None else text.audio)
-
-    def target(grid: Any) -> Stream:
-        return streams.target(None, grid, batch=batch, numerics=numerics)
-
-    video, audio = each(target, AV(layout.video, layout.audio))
-    if request.first_frame is not None:
-        video = _with_first_frame(video, request.first_frame, layout)
-    if request.reference is not None:
-        audio = _with_reference(audio, request.reference, numerics)
-    return AV(video, audio)
-
-
-def _with_first_frame(s: Stream | None, frame: Array, layout: Layout) -> Stream:
-    if s is None or layout.video is None:
-        raise ValueError("start: a first frame was given, but the layout has no video")
-    want = (1, *geometry.latent_shape(layout.video)[1:], s.x.shape[-1])
-    if frame.shape[1:] != want:
-        raise ValueError(
-            f"start: first_frame has shape {[*frame.shape]}, expected [B, "
-            f"{', '.join(map(str, want))}]; encode the image at the clip's size"
-        )
-    return streams.fix_first_frame(s, geometry.patchify(frame))
-
-
-def _with_reference(s: Stream | None, ref: Array, numerics: Numerics) -> Stream:
-    if s is None:
-        raise ValueError("start: a reference was given, but the layout has no audio")
-    pos = geometry.reference_positions(ref.shape[1], numerics=numerics)
-    return streams.add_reference(s, geometry.patchify_audio(ref), jnp.asarray(pos))
-
-
-def draw_noise(key: PRNGKeyArray, s: AV) -> AV:
-    """Standard normal noise [B T C] for every token, fixed ones included."""
-    keys = AV(*jax.random.split(key))
-    return each(lambda s, k: jax.random.normal(k, s.x.shape, jnp.float32), s, keys)
-
-
-def add_noise(s: AV, noise: AV, sigma: float | np.floating | Array) -> AV:
-    """The streams at noise level `sigma`; see `streams.noise`."""
-
-    def one(s: Stream, n: Array) -> Stream:
-        return streams.noise(s, jnp.asarray(n), jnp.full(len(s.x), sigma, jnp.float32))
-
-    return each(one, s, noise)
 
 
 @functools.cache
@@ -242,19 +160,6 @@ def denoiser(
     )
 
 
-def finish(s: AV, layout: Layout) -> AV:
-    """Latents [B F H W C] and [B T M C] of the targets, references dropped."""
-    grids = AV(layout.video, layout.audio)
-    target = each(lambda s, n: streams.split(s, n)[0].x, s, target_counts(layout))
-
-    def shaped(x: Array, grid: Any) -> Array:
-        if isinstance(grid, VideoGrid):
-            return geometry.unpatchify(x, grid)
-        return geometry.unpatchify_audio(x)
-
-    return each(shaped, target, grids)
-
-
 def sample(
     stage: Stage,
     cfg: TransformerConfig,
@@ -263,6 +168,8 @@ def sample(
     key: PRNGKeyArray,
     *,
     layout: Layout,
+    before: AV | None = None,
+    draws: AV | None = None,
     numerics: Numerics = "exact",
     dtype: str = "float32",
     backend: Backend = "auto",
@@ -274,18 +181,31 @@ def sample(
         stage: from a plan; without a reference, terms that drop it are left out.
         cfg: the transformer.
         variables: {"params": base} and optionally {"lora": adapter}.
-        request: see `Request`.
+        request: see `Request`; what this stage takes of it (`starts.of_stage`).
         key: for the noise, where it is not given, and for the solver.
-        layout: the clip.
+        layout: the clip, at this stage's size.
+        before: what a refining stage starts from, at this size (`enlarge`).
+        draws: noise for solvers that draw, see `denoise.sample`; None: from the key.
         numerics: how positions, noise levels and rope tables are made.
         dtype: what the transformer computes in.
         backend: see `model.attention.attend`.
         progress: called after every step; with it, steps are dispatched one by one.
+
+    Raises:
+        ValueError: if the request does not fit the layout or the stage.
     """
     if request.reference is None:
         stage = plans.without_reference(stage)
     sigmas = stage.sigmas.table(layout, numerics)
-    clean = start(request, layout, numerics=numerics)
+    if stage.refines != (before is not None):
+        raise ValueError(
+            f"sample: stage {stage.name!r} {'refines' if stage.refines else 'starts'} "
+            f"and got {'no' if before is None else ''} latents to start from"
+        )
+    if before is None:
+        clean = start(request, layout, numerics=numerics)
+    else:
+        clean = refine(request, before, layout, numerics=numerics)
     options: dict[str, Any] = {
         "numerics": numerics,
         "dtype": dtype,
@@ -298,7 +218,7 @@ def sample(
         plans.SOLVERS[stage.solver](),
         sigmas,
         add_noise(clean, noise, sigmas[0]),
-        solver_key,
+        solver_key if draws is None else draws,
     )
     weights = stage.weights(len(sigmas) - 1)
     if progress is None:
@@ -332,6 +252,72 @@ def with_adapters(
     return {"params": base, "lora": stacked}
 
 
+def enlarge(cfg: UpsamplerConfig | None, base: Mapping[str, Tree], latents: AV) -> AV:
+    """Latents whose video has twice the sides; the audio stays.
+
+    Args:
+        cfg: the latent upsampler.
+        base: parameters: "upsampler", and "video_vae" for its statistics.
+        latents: `AV` of [B F H W C] and [B T M C].
+
+    Raises:
+        ValueError: if there is no upsampler, or it does not double the sides.
+    """
+    if cfg is None or "upsampler" not in base:
+        raise ValueError(
+            "enlarge: the plan refines at twice the size, but there is no latent "
+            "upsampler; load one (networks.load(upsampler_path=...))"
+        )
+    shape = latents.video.shape[1:4]
+    want = (shape[0], LARGER * shape[1], LARGER * shape[2])
+    if cfg.size(*shape) != want:
+        raise ValueError(
+            f"enlarge: this upsampler turns {[*shape]} into {[*cfg.size(*shape)]}, "
+            f"expected {[*want]}; use a spatial x2 upsampler"
+        )
+    stats = base["video_vae"]["stats"]
+    statistics = (jnp.asarray(stats[n], jnp.float32) for n in ("mean", "std"))
+    video = latents.video.astype(jnp.float32)
+    return AV(_upsample(cfg, base["upsampler"], video, *statistics), latents.audio)
+
+
+_upsample = jax.jit(upsampler.upsample, static_argnums=0)
+
+
+def layouts(plan: Plan, layout: Layout) -> tuple[Layout, ...]:
+    """The clip at the size of each stage, given that of the first."""
+    out = [layout]
+    for stage in plan.stages[1:]:
+        out.append(larger(out[-1]) if stage.refines else out[-1])
+    return tuple(out)
+
+
+def stages(
+    plan: Plan,
+    nets: Networks,
+    base: Mapping[str, Tree],
+    adapters: Mapping[str, Adapter],
+    request: Request,
+    key: PRNGKeyArray,
+    *,
+    layout: Layout,
+    **options: Any,
+) -> Iterator[AV]:
+    """The latents after each stage of a plan; arguments as of `run`."""
+    latents: AV | None = None
+    # One stage uses the key itself, so that it gives what `sample` alone gives.
+    keys = [key] if len(plan.stages) == 1 else jax.random.split(key, len(plan.stages))
+    for number, size in enumerate(layouts(plan, layout)):
+        stage, asked = plan.stages[number], of_stage(request, number)
+        if stage.refines:
+            assert latents is not None, "a plan's first stage does not refine"
+            options["before"] = enlarge(nets.upsampler, base, latents)
+        variables = with_adapters(base["transformer"], adapters, stage)
+        args = (stage, nets.transformer, variables, asked, keys[number])
+        latents = sample(*args, layout=size, **options)
+        yield latents
+
+
 def run(
     plan: Plan,
     nets: Networks,
@@ -346,17 +332,18 @@ def run(
     """Sample a plan and decode the result.
 
     Args:
-        plan: from `plans`; plans of one stage are known.
+        plan: from `plans`.
         nets: what the networks are.
-        base: parameters by network: "transformer", "video_vae", "audio_vae", "vocoder".
+        base: parameters by network: "transformer", "video_vae", "audio_vae", "vocoder",
+            and "upsampler" where a stage refines.
         adapters: by the names the plan's stages use, b unscaled by the strength.
         request: see `Request`.
         key: for everything drawn.
-        layout: the clip, from `clip`.
+        layout: the clip, from `clip`, at the size of the first stage.
         options: numerics, dtype, backend and progress of `sample`.
 
     Raises:
-        ValueError: for a plan of several stages, or a request that does not fit.
+        ValueError: for a request that does not fit, or a missing adapter or upsampler.
 
     Example:
         >>> plan = plans.one_stage(adapters={"anna": 1.0})
@@ -364,11 +351,6 @@ def run(
         >>> adapters = {"anna": adapter}
         >>> media = run(plan, nets, base, adapters, request, key, layout=layout)
     """
-    if len(plan.stages) != 1:
-        raise ValueError(f"run: expected a plan of one stage, got {len(plan.stages)}")
-    (stage,) = plan.stages
-    variables = with_adapters(base["transformer"], adapters, stage)
-    latents = sample(
-        stage, nets.transformer, variables, request, key, layout=layout, **options
-    )
+    args = (plan, nets, base, adapters, request, key)
+    *_, latents = stages(*args, layout=layout, **options)
     return Media(*codecs.decode(nets, base, latents), latents)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -102,6 +103,7 @@ class Stage:
         branches: how the passes of a step are laid out; results are equal.
         rescale: share, for video and audio, by which guidance's change of deviation is
             undone; None: off.
+        refines: whether it starts from the stage before, at twice the size.
 
     Raises:
         ValueError: if there is not one scale per term, or the solver is unknown.
@@ -116,6 +118,7 @@ class Stage:
     positive: Branch = PLAIN
     branches: Mode = "sweep"
     rescale: tuple[Real, Real] | None = None
+    refines: bool = False
 
     def __post_init__(self) -> None:
         _known("solver", self.solver, [*SOLVERS])
@@ -134,9 +137,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a pipeline, in order."""
+    """The stages of a pipeline, in order.
+
+    Raises:
+        ValueError: if there is none, or the first would refine nothing.
+    """
 
     stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages or self.stages[0].refines:
+            raise ValueError("plans: a plan needs a first stage that does not refine")
 
 
 def without_reference(stage: Stage) -> Stage:
@@ -152,43 +163,171 @@ def _with_terms(stage: Stage, pairs: Sequence[tuple[Term, Scale]]) -> Stage:
     return replace(stage, terms=terms, scales=scales)
 
 
-def one_stage(
-    *,
-    steps: int = 30,
-    video_cfg: Real = 3.0,
-    audio_cfg: Real = 7.0,
-    identity: Real = 3.0,
-    stg: Real = 1.0,
-    stg_layer: int = 29,
-    bimodal: Real = 3.0,
-    adapters: Mapping[str, Real] | None = None,
-    branches: Mode = "sweep",
-) -> Plan:
-    """Noise to sample in one go: the pipeline of ID-LoRA's one-stage script.
+@dataclass(frozen=True)
+class Scales:
+    """How far predictions are pushed, by term.
 
-    Args:
-        steps: Euler steps along the default schedule at 4096 tokens.
+    Attributes:
         video_cfg: text guidance of the video; 1 is off.
         audio_cfg: text guidance of the audio; 1 is off.
         identity: guidance of the audio towards the reference voice; 0 is off.
         stg: guidance away from skipped self-attention; 0 is off.
         stg_layer: the layer whose self-attention is skipped.
         bimodal: guidance away from unconnected video and audio; 1 is off.
+        star: whether the negative prediction of text guidance is scaled first.
+    """
+
+    video_cfg: Real = 3.0
+    audio_cfg: Real = 7.0
+    identity: Real = 3.0
+    stg: Real = 1.0
+    stg_layer: int = 29
+    bimodal: Real = 3.0
+    star: bool = False
+
+    def pairs(self) -> list[tuple[Term, Scale]]:
+        """The terms with their scales for video and audio, off ones included."""
+        text = guidance.text_cfg(guidance.star if self.star else None)
+        return [
+            (text, (self.video_cfg, self.audio_cfg)),
+            (guidance.identity(), (0.0, self.identity)),
+            (guidance.stg([self.stg_layer]), (self.stg, self.stg)),
+            (guidance.bimodal(), (self.bimodal, self.bimodal)),
+        ]
+
+
+DEFAULT = Scales()
+HQ = Scales(stg=0.0, stg_layer=28, star=True)
+DISTILLED = Scales(video_cfg=1.0, audio_cfg=1.0, identity=0.0, stg=0.0, bimodal=1.0)
+
+
+def _first(
+    name: str,
+    scales: Scales,
+    sigmas: Sigmas,
+    adapters: Mapping[str, Real] | None,
+    *,
+    solver: str = "euler",
+    branches: Mode = "sweep",
+) -> Stage:
+    used = tuple((adapters or {}).items())
+    stage = Stage(name, solver, sigmas, adapters=used, branches=branches)
+    return _with_terms(stage, scales.pairs())
+
+
+def _refining(adapters: Mapping[str, Real] | None, solver: str = "euler") -> Stage:
+    used = tuple((adapters or {}).items())
+    sigmas = Sigmas("stage2_distilled", steps=3)
+    return Stage("refine", solver, sigmas, adapters=used, refines=True)
+
+
+def one_stage(
+    *,
+    steps: int = 30,
+    adapters: Mapping[str, Real] | None = None,
+    branches: Mode = "sweep",
+    **scales: Any,
+) -> Plan:
+    """Noise to sample in one go: the pipeline of ID-LoRA's one-stage script.
+
+    Args:
+        steps: Euler steps along the default schedule at 4096 tokens.
         adapters: strength by name.
         branches: how the passes of a step are laid out.
+        scales: fields of `Scales`; by default those of `DEFAULT`.
 
     Source: scripts/inference_one_stage.py.
     """
-    stage = Stage(
-        name="one_stage",
-        sigmas=Sigmas(steps=steps),
-        adapters=tuple((adapters or {}).items()),
-        branches=branches,
+    sigmas = Sigmas(steps=steps)
+    return Plan(
+        (
+            _first(
+                "one_stage",
+                replace(DEFAULT, **scales),
+                sigmas,
+                adapters,
+                branches=branches,
+            ),
+        )
     )
-    pairs: list[tuple[Term, Scale]] = [
-        (guidance.text_cfg(), (video_cfg, audio_cfg)),
-        (guidance.identity(), (0.0, identity)),
-        (guidance.stg([stg_layer]), (stg, stg)),
-        (guidance.bimodal(), (bimodal, bimodal)),
-    ]
-    return Plan((_with_terms(stage, pairs),))
+
+
+def two_stage(
+    *,
+    steps: int = 30,
+    adapters: Mapping[str, Real] | None = None,
+    refining: Mapping[str, Real] | None = None,
+    branches: Mode = "sweep",
+    **scales: Any,
+) -> Plan:
+    """One stage, then three steps of refinement at twice the sides, audio given.
+
+    Args:
+        steps: of the first stage.
+        adapters: of the first stage, strength by name.
+        refining: of the second: the distilled LoRA at 0.8, and no ID-LoRA.
+        branches: how the passes of a step are laid out.
+        scales: fields of `Scales`; by default those of `DEFAULT`.
+
+    Source: scripts/inference_two_stage.py.
+    """
+    sigmas = Sigmas(steps=steps)
+    first = _first(
+        "first", replace(DEFAULT, **scales), sigmas, adapters, branches=branches
+    )
+    return Plan((first, _refining(refining)))
+
+
+def two_stage_hq(
+    *,
+    steps: int = 15,
+    adapters: Mapping[str, Real] | None = None,
+    refining: Mapping[str, Real] | None = None,
+    branches: Mode = "sweep",
+    **scales: Any,
+) -> Plan:
+    """As `two_stage` with res_2s in both, a schedule that counts tokens, and CFG-star.
+
+    Args:
+        steps: of the first stage, two model calls each.
+        adapters: of the first stage: ID-LoRA at 1, the distilled LoRA at 0.25.
+        refining: of the second: the distilled LoRA at 0.5.
+        branches: how the passes of a step are laid out.
+        scales: fields of `Scales`; by default those of `HQ`.
+
+    Source: ID-LoRA-2.3/scripts/inference_two_stage_hq.py.
+    """
+    sigmas = Sigmas(steps=steps, tokens=None)
+    options: dict[str, Any] = {"solver": "res2s", "branches": branches}
+    first = _first("first", replace(HQ, **scales), sigmas, adapters, **options)
+    return Plan((first, _refining(refining, "res2s")))
+
+
+def distilled(
+    *,
+    adapters: Mapping[str, Real] | None = None,
+    branches: Mode = "sweep",
+    **scales: Any,
+) -> Plan:
+    """Eight steps along the distilled model's noise levels, without text guidance.
+
+    Args:
+        adapters: strength by name; on a base that is not distilled, the distilled LoRA
+            at 1 among them.
+        branches: how the passes of a step are laid out.
+        scales: fields of `Scales`; by default those of `DISTILLED`.
+
+    Source: ltx_pipelines/utils/constants.py: DISTILLED_SIGMA_VALUES.
+    """
+    sigmas = Sigmas("distilled", steps=8)
+    return Plan(
+        (
+            _first(
+                "distilled",
+                replace(DISTILLED, **scales),
+                sigmas,
+                adapters,
+                branches=branches,
+            ),
+        )
+    )

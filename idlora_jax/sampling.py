@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from idlora_jax import (
 )
 from idlora_jax.checkpoints import AdapterMeta
 from idlora_jax.data import tokenize
-from idlora_jax.experiment import SampleConfig, plain
+from idlora_jax.experiment import REFINING, SampleConfig, plain
 from idlora_jax.pipeline import Media, Progress, Request
 from idlora_jax.plans import Plan
 from idlora_jax.types import Adapter, Layout, Prompt, Tree
@@ -85,14 +85,45 @@ class Inputs(NamedTuple):
     text: tuple[Adapter, ...] = ()
 
 
+PLANS: Mapping[str, Callable[..., Plan]] = {
+    "one_stage": plans.one_stage,
+    "two_stage": plans.two_stage,
+    "two_stage_hq": plans.two_stage_hq,
+    "distilled": plans.distilled,
+}
+DISTILLED = {"two_stage": (0.0, 0.8), "two_stage_hq": (0.25, 0.5), "distilled": (1.0,)}
+"""Strengths of the distilled LoRA in each stage."""
+
+
 def plan_of(config: SampleConfig) -> Plan:
-    """The one-stage plan with the configuration's scales and adapters."""
-    scales = plain(config.guidance)
+    """The configuration's plan, with its scales and adapters."""
     strengths = config.lora_strength or (1.0,) * len(config.lora)
     used = dict(zip(adapter_names(config.lora), strengths, strict=True))
-    return plans.one_stage(
-        steps=config.steps, adapters=used, branches=config.branches, **scales
-    )
+    options: dict[str, Any] = {"branches": config.branches, **plain(config.guidance)}
+    if config.plan != "distilled":
+        options["steps"] = config.steps
+    own: Sequence[float] = ()
+    if config.distilled_lora is not None:
+        own = config.distilled_strength or DISTILLED.get(config.plan, ())
+    first, *second = own or (0.0,)
+    if first:
+        used[distilled_name(config)] = first
+    if second:
+        options["refining"] = {distilled_name(config): second[0]}
+    return PLANS[config.plan](adapters=used, **options)
+
+
+def distilled_name(config: SampleConfig) -> str:
+    """The name of the distilled LoRA among the adapters."""
+    return f"distilled: {config.distilled_lora}"
+
+
+def _files(config: SampleConfig) -> dict[str, Path]:
+    """All adapter files, by name."""
+    out = dict(zip(adapter_names(config.lora), config.lora, strict=True))
+    if config.distilled_lora is not None:
+        out[distilled_name(config)] = config.distilled_lora
+    return out
 
 
 def adapter_names(paths: Sequence[Path]) -> list[str]:
@@ -119,8 +150,9 @@ def _adapters(
     found: dict[str, dict[str, Adapter]] = {}
     metas: dict[str, AdapterMeta] = {}
     base, parts = io.open_base(config.base), ("transformer", "text_connector")
-    shapes = {part: io.shapes(base, part) for part in parts if config.lora}
-    for name, path in zip(adapter_names(config.lora), config.lora, strict=True):
+    files = _files(config)
+    shapes = {part: io.shapes(base, part) for part in parts if files}
+    for name, path in files.items():
         found[name], meta = checkpoints.load_adapters(
             path, shapes, verify=config.verify
         )
@@ -162,10 +194,12 @@ def check(config: SampleConfig) -> tuple[Job, Inputs]:
         hashes["first_frame"] = checkpoints.file_hash(config.first_frame)
     found, metas = _adapters(config, nets)
     strengths = config.lora_strength or (1.0,) * len(config.lora)
+    # The prompts are made once, for all stages: without the distilled LoRA, whose
+    # strength changes between them, as in the reference.
     text = tuple(
-        adapters.scale(parts["text_connector"], strength)
-        for parts, strength in zip(found.values(), strengths, strict=True)
-        if "text_connector" in parts
+        adapters.scale(found[name]["text_connector"], strength)
+        for name, strength in zip(adapter_names(config.lora), strengths, strict=True)
+        if "text_connector" in found[name]
     )
     changes = {name: parts.get("transformer", {}) for name, parts in found.items()}
     _check_folder(config.output_dir)
@@ -181,7 +215,11 @@ def _networks(config: SampleConfig) -> Networks:
     for name in io.NETWORKS:
         io.network_config(base, name)
     tokenize.load(config.text_encoder)
-    return networks.load(config.base, (), text_encoder_path=config.text_encoder)[0]
+    paths = {
+        "text_encoder_path": config.text_encoder,
+        "upsampler_path": config.upsampler if config.plan in REFINING else None,
+    }
+    return networks.load(config.base, (), **paths)[0]
 
 
 def _texts(config: SampleConfig, changes: Sequence[Adapter]) -> tuple[Prompt, ...]:
@@ -210,9 +248,12 @@ def _request(job: Job, inputs: Inputs, params: Mapping[str, Tree]) -> Request:
         args = (nets.audio_vae, params["audio_vae"], inputs.wave)
         reference = codecs.encode_reference(*args)
     if inputs.image is not None:
-        assert job.layout.video is not None
-        args = (nets.video_vae, params["video_vae"], inputs.image, job.layout.video)
-        frame = codecs.encode_first_frame(*args, fit=fit)
+        args = (nets.video_vae, params["video_vae"], inputs.image)
+        frame = tuple(
+            codecs.encode_first_frame(*args, layout.video, fit=fit)
+            for layout in pipeline.layouts(job.plan, job.layout)
+            if layout.video is not None
+        )
     return Request((), reference, frame)
 
 
@@ -236,7 +277,10 @@ def generate(
     texts = _texts(config, inputs.text)
     clock.append(time.perf_counter())
     options = {"dtype": jnp.dtype(config.dtype), "fp8": config.fp8}
-    _, params = networks.load(config.base, MEDIA_SIDE, **options)
+    names = MEDIA_SIDE
+    if job.nets.upsampler is not None:
+        names, options["upsampler_path"] = (*names, "upsampler"), config.upsampler
+    _, params = networks.load(config.base, names, **options)
     request = _request(job, inputs, params)._replace(prompts=texts)
     clock.append(time.perf_counter())
     result = pipeline.run(
@@ -260,7 +304,7 @@ def generate(
 def record(job: Job, result: Media, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Everything that made the sample, as JSON: settings, hashes, sizes, versions."""
     config, rate = job.config, job.nets.vocoder.sample_rate
-    strengths = (strength for _, strength in job.plan.stages[0].adapters)
+    used = [dict(stage.adapters) for stage in job.plan.stages]
     frames, samples = result.video.shape[1], result.wave.shape[-1]
     return {
         "synthetic": True,
@@ -268,11 +312,16 @@ def record(job: Job, result: Media, seconds: Mapping[str, float]) -> dict[str, A
         "settings": plain(config),
         "model": {"hash": job.nets.base_hash, "generation": job.nets.generation},
         "adapters": [
-            {"strength": strength, **plain(meta)}
-            for strength, meta in zip(strengths, job.adapters.values(), strict=True)
+            {"strength": [stage.get(name, 0.0) for stage in used], **plain(meta)}
+            for name, meta in job.adapters.items()
         ],
         "inputs": dict(job.hashes),
-        "video": {"frames": frames, "fps": config.fps, "seconds": frames / config.fps},
+        "video": {
+            "frames": frames,
+            "fps": config.fps,
+            "seconds": frames / config.fps,
+            "size": [*result.video.shape[2:4]],
+        },
         "audio": {"rate": rate, "samples": samples, "seconds": samples / rate},
         "seconds": dict(seconds),
     }

@@ -18,7 +18,7 @@ LEVELS = (
     "streams",
     "denoise strategies model.*",
     "training loop weights.* checkpoints",
-    "prompts plans codecs pipeline sampling fitting data.*",
+    "prompts plans codecs starts pipeline sampling fitting data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""

@@ -1,6 +1,5 @@
 """Every recorded reference file, run by its `case` in both numerics modes."""
 
-import fnmatch
 import importlib
 import pathlib
 import pkgutil
@@ -9,15 +8,10 @@ import golden_cases
 import goldens
 import numpy as np
 import pytest
-from golden_cases import CASES, PENDING
+from golden_cases import CASES
 
 for module in pkgutil.iter_modules(golden_cases.__path__):
     importlib.import_module(f"golden_cases.{module.name}")
-
-
-def pending(golden: goldens.Golden, output: str) -> bool:
-    patterns = PENDING.get(golden.case, ())
-    return any(fnmatch.fnmatch(output, pattern) for pattern in patterns)
 
 
 def test_the_folder_holds_goldens():
@@ -31,10 +25,8 @@ def test_golden(path: pathlib.Path, numerics: str):
     wanted = {
         name: goldens.bound(golden, name, numerics)
         for name in golden.outputs
-        if not name.startswith("debug.") and not pending(golden, name)
+        if not name.startswith("debug.")
     }
-    if PENDING.get(golden.case) == ("*",):
-        pytest.xfail(f"{golden.case} belongs to a network that is not built yet")
     assert golden.case in CASES, f"unknown case {golden.case!r} in {path.name}"
     got = CASES[golden.case](golden, numerics)
     failures = []

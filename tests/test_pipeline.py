@@ -305,10 +305,3 @@ def test_run_decodes_what_the_stage_sampled(monkeypatch: Any, usual: AV):
     media = pipeline.run(*args, layout=LAYOUT)
     assert (media.video, media.wave, given["nets"]) == ("video", "wave", nets)
     assert same(media.latents, usual)
-
-
-def test_run_refuses_a_plan_of_two_stages():
-    plan = Plan((only(**FULL),) * 2)
-    args = (plan, small.networks("2.0"), {}, {}, ask(), jax.random.key(0))
-    with pytest.raises(ValueError, match="a plan of one stage, got 2"):
-        pipeline.run(*args, layout=LAYOUT)

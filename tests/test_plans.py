@@ -110,3 +110,40 @@ def test_unknown_names_are_refused():
 def test_every_term_needs_its_scale():
     with pytest.raises(ValueError, match="stage 'a' has 1 terms and 0 scales"):
         Stage("a", terms=(guidance.text_cfg(),))
+
+
+def test_two_stages_are_the_published_ones():
+    first, second = plans.two_stage(
+        adapters={"id": 1.0}, refining={"distilled": 0.8}
+    ).stages
+    (alone,) = plans.one_stage(adapters={"id": 1.0}).stages
+    assert first == dataclasses.replace(alone, name="first")
+    assert second.refines and not second.terms and second.solver == "euler"
+    assert second.adapters == (("distilled", 0.8),)
+    levels = second.sigmas.table(LAYOUT)
+    np.testing.assert_allclose(levels, [0.909375, 0.725, 0.421875, 0], rtol=1e-6)
+
+
+def test_the_hq_plan_counts_tokens_and_scales_the_negative_prediction():
+    first, second = plans.two_stage_hq().stages
+    assert (first.solver, second.solver) == ("res2s", "res2s")
+    assert (first.sigmas.steps, first.sigmas.tokens) == (15, None)
+    assert [term.name for term in first.terms] == ["text", "identity", "bimodal"]
+    assert first.terms[0].project is guidance.star
+    assert second.refines and not second.terms
+
+
+def test_the_distilled_plan_runs_one_pass_at_eight_levels():
+    (stage,) = plans.distilled().stages
+    assert not stage.terms and len(stage.sigmas.table(LAYOUT)) == 9
+    (stage,) = plans.distilled(identity=3.0).stages
+    assert [term.name for term in stage.terms] == ["identity"]
+
+
+def test_a_plan_needs_a_first_stage_that_starts_from_noise():
+    (_, second) = plans.two_stage().stages
+    for stages in ((), (second,)):
+        with pytest.raises(ValueError, match="first stage"):
+            Plan(stages)
+    with pytest.raises(TypeError, match="audio_cgf"):
+        plans.one_stage(audio_cgf=2)

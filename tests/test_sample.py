@@ -23,11 +23,14 @@ from idlora_jax import (
     sampling,
 )
 from idlora_jax.checkpoints import AdapterMeta
+from idlora_jax.config_upsampler import upsampler_config
 from idlora_jax.data import synthetic
 from idlora_jax.experiment import Guidance, SampleConfig
+from idlora_jax.model import upsampler
 from idlora_jax.pipeline import Media
 from idlora_jax.types import AV
 from idlora_jax.weights import io
+from idlora_jax.weights.upsampler_files import save_upsampler
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs/tiny_sample.py"
@@ -307,7 +310,7 @@ def test_a_sample_is_written_with_all_it_was_made_from(files, tmp_path):
     (adapter,) = entry["adapters"]
     tensors, _ = checkpoints.read_tensors(files["lora"])
     recorded = checkpoints.tensors_hash(tensors)
-    assert (adapter["content_hash"], adapter["strength"]) == (recorded, 0.5)
+    assert (adapter["content_hash"], adapter["strength"]) == (recorded, [0.5])
     assert set(entry["settings"]) == {f.name for f in dataclasses.fields(SampleConfig)}
     assert (entry["video"]["seconds"], entry["audio"]["seconds"]) == (0.36, 8000 / 24e3)
     with wave_file.open(str(sound)) as file:
@@ -367,3 +370,61 @@ def test_a_clip_end_to_end(monkeypatch, capsys, files, tmp_path):
     third = [*line, "--name", "third", "--no-progress"]
     assert run(monkeypatch, *third) == 0
     assert (tmp_path / "third.wav").read_bytes() == waves["again"]
+
+
+@pytest.fixture(scope="module")
+def refining(tmp_path_factory):
+    """A latent upsampler of random weights, as an original file."""
+    section = {
+        "in_channels": 128,
+        "mid_channels": 32,
+        "num_blocks_per_stage": 1,
+        "dims": 3,
+        "spatial_upsample": True,
+        "temporal_upsample": False,
+        "spatial_scale": 2.0,
+        "rational_resampler": False,
+    }
+    cfg = upsampler_config(section)
+    path = tmp_path_factory.mktemp("upsampler") / "x2.safetensors"
+    save_upsampler(path, cfg, upsampler.init(cfg, jax.random.key(0)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("plan", "strengths"),
+    [
+        ("two_stage", ((0.5, 0.0), (0.0, 0.8))),
+        ("two_stage_hq", ((0.5, 0), (0.25, 0.5))),
+    ],
+)
+def test_a_refining_plan_uses_its_files_in_their_stages(
+    files, refining, tmp_path, plan, strengths
+):
+    given = {"plan": plan, "upsampler": refining, "distilled_lora": files["lora"]}
+    job, inputs = sampling.check(config(files, tmp_path, lora_strength=(0.5,), **given))
+    assert job.nets.upsampler is not None and len(inputs.adapters) == 2
+    entry = sampling.record(job, result(), {})
+    found = tuple(tuple(adapter["strength"]) for adapter in entry["adapters"])
+    assert found == strengths
+
+
+def test_a_refining_plan_asks_for_its_files(files, tmp_path):
+    with pytest.raises(ValueError, match=r"upsampler.*a file, for plan 'two_stage'"):
+        config(files, tmp_path, plan="two_stage")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["two_stage", "distilled"])
+def test_other_plans_end_to_end(monkeypatch, files, refining, tmp_path, plan):
+    given = {"plan": plan, "upsampler": refining, "distilled_lora": files["lora"]}
+    c = config(files, tmp_path, guidance=Guidance(stg=0.0, bimodal=1.0), **given)
+    job, inputs = sampling.check(c)
+    media_, _ = sampling.generate(job, inputs)
+    twice = 2 if plan == "two_stage" else 1
+    assert media_.video.shape == (1, 9, 64 * twice, 32 * twice, 3)
+    request = job.layout.audio.frames
+    assert media_.latents.audio.shape[1] == request
+    assert np.isfinite(media_.latents.video).all()
+    (path, *_) = sampling.write(job, media_, {})
+    assert media.probe(path).height == 64 * twice

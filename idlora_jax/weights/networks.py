@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from idlora_jax.config import Generation, TransformerConfig
 from idlora_jax.config_codecs import AudioVAEConfig
 from idlora_jax.config_text import TextConnectorConfig, TextEncoderConfig
+from idlora_jax.config_upsampler import UpsamplerConfig
 from idlora_jax.config_video_vae import VideoVAEConfig
 from idlora_jax.config_vocoder import VocoderConfig
 from idlora_jax.files import PathLike
@@ -26,8 +27,9 @@ from idlora_jax.weights import io, text_encoder_files
 from idlora_jax.weights.bases import BaseFile, open_base
 from idlora_jax.weights.fp8 import Choice
 from idlora_jax.weights.leaves import Leaf
+from idlora_jax.weights.upsampler_files import load_upsampler, open_upsampler
 
-TEXT_ENCODER = "text_encoder"
+TEXT_ENCODER, UPSAMPLER = "text_encoder", "upsampler"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Networks:
     text_encoder: TextEncoderConfig | None
     generation: Generation
     base_hash: str
+    upsampler: UpsamplerConfig | None = None
 
 
 def _config(base: BaseFile, name: str, wanted: bool) -> Any:
@@ -82,6 +85,7 @@ def load(
     names: Iterable[str],
     *,
     text_encoder_path: PathLike | None = None,
+    upsampler_path: PathLike | None = None,
     dtype: Any = jnp.float32,
     fp8: Choice = "upcast",
 ) -> tuple[Networks, dict[str, Tree]]:
@@ -89,9 +93,10 @@ def load(
 
     Args:
         base_path: an original .safetensors file, a converted folder, or diffusers'.
-        names: of `io.NETWORKS`, and "text_encoder".
+        names: of `io.NETWORKS`, "text_encoder" and "upsampler".
         text_encoder_path: the Gemma-3 folder, or a converted one; its configuration is
             read whenever it is given, its parameters if named.
+        upsampler_path: the latent upsampler's file; likewise.
         dtype: of the parameters, float32 or bfloat16; None: as stored. Scale and shift
             tables that the file holds in float32 stay so.
         fp8: what becomes of kernels that the base holds in 8 bits; see
@@ -105,14 +110,19 @@ def load(
             that is not the checkpoint's.
     """
     names = tuple(dict.fromkeys(names))
-    unknown = [n for n in names if n not in (*io.NETWORKS, TEXT_ENCODER)]
+    known = [*io.NETWORKS, TEXT_ENCODER, UPSAMPLER]
+    unknown = [n for n in names if n not in known]
     if unknown:
-        known = [*io.NETWORKS, TEXT_ENCODER]
         raise ValueError(f"weights: no networks {unknown}, use some of {known}")
     if TEXT_ENCODER in names and text_encoder_path is None:
         raise ValueError(
             "weights: the text encoder needs its folder (gemma-3-12b-it); give "
             "text_encoder_path"
+        )
+    if UPSAMPLER in names and upsampler_path is None:
+        raise ValueError(
+            "weights: the latent upsampler is a file of its own "
+            "(ltx-2-spatial-upscaler-x2-1.0.safetensors or alike); give upsampler_path"
         )
     base = open_base(base_path)
     configs = {name: _config(base, name, name in names) for name in io.NETWORKS}
@@ -121,14 +131,18 @@ def load(
         text, found = text_encoder_leaves(text_encoder_path)
         if configs["text_connector"] is not None:
             _require_partner(text, configs["text_connector"])
+    larger = None if upsampler_path is None else open_upsampler(upsampler_path)
     nets = Networks(
         **configs,
         text_encoder=text,
         generation=base.generation,
         base_hash=base.base_hash,
+        upsampler=None if larger is None else larger.cfg,
     )
     own = [name for name in names if name in io.NETWORKS]
     params = {name: io.load_network(base, name, dtype, fp8=fp8) for name in own}
     if TEXT_ENCODER in names:
         params[TEXT_ENCODER] = io.read_all(found, dtype)
+    if UPSAMPLER in names and upsampler_path is not None:
+        _, params[UPSAMPLER] = load_upsampler(upsampler_path, dtype)
     return nets, params

@@ -14,8 +14,6 @@ from goldens import Golden
 Case = Callable[[Golden, str], dict[str, np.ndarray]]
 
 CASES: dict[str, Case] = {}
-PENDING: dict[str, tuple[str, ...]] = {}
-"""Outputs (fnmatch patterns) per case that belong to networks not built yet."""
 
 
 def case(*names: str) -> Callable[[Case], Case]:

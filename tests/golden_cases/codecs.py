@@ -13,16 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from goldens import Golden
 
-from golden_cases import PENDING, case
+from golden_cases import case
 from idlora_jax import config_codecs
 from idlora_jax.model import audio_vae
 from idlora_jax.weights import rules, tables
-
-for _name in (
-    "identity_two_stage",
-    "identity_two_stage_hq",
-):
-    PENDING[_name] = ("*",)
 
 
 def _params(golden: Golden, name: str) -> Any:

@@ -1,0 +1,215 @@
+"""Requests, the streams that a stage starts from, and the latents it ends with.
+
+    request --start--> streams of a first stage, still without noise
+    request, latents --refine--> streams of a refining stage, at twice the size
+    streams --finish--> latents, references dropped
+
+A refining stage denoises the enlarged video again from its first noise level; the sound
+is given: its tokens have `denoise` False and come out bit by bit as they went in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from idlora_jax import geometry, streams
+from idlora_jax.types import AV, Layout, Numerics, Stream, VideoGrid, each
+
+LARGER = 2
+"""How much a refining stage's sides exceed those of the stage before."""
+
+
+class Request(NamedTuple):
+    """What B samples are made from.
+
+    Attributes:
+        prompts: `Prompt`s after the connectors: positive, then negative (which only
+            text guidance reads).
+        reference: audio latents [B Tr M C] of the voice to take; None: no reference.
+        first_frame: video latent [B 1 H W C] to start from, or one per stage, encoded
+            at its size; None: free.
+        noise: `AV` of standard normal [B T C] in the streams' order (targets, then
+            reference rows, which are not used), or one per stage; None: drawn from
+            the key.
+    """
+
+    prompts: Any
+    reference: Any = None
+    first_frame: Any = None
+    noise: Any = None
+
+
+def of_stage(request: Request, stage: int) -> Request:
+    """The request with what one stage takes of it.
+
+    Args:
+        request: see `Request`.
+        stage: its number; only the first takes the reference.
+
+    Raises:
+        ValueError: if a first frame or noise for this stage is missing.
+    """
+    frame, noise = request.first_frame, request.noise
+    several = isinstance(noise, tuple) and not isinstance(noise, AV)
+    if frame is not None and (stage or isinstance(frame, tuple)):
+        frame = _nth(frame, stage, "first_frame")
+    if noise is not None and several:
+        noise = _nth(noise, stage, "noise")
+    elif stage:
+        noise = None
+    if stage:
+        return Request(request.prompts, None, frame, noise)
+    return request._replace(first_frame=frame, noise=noise)
+
+
+def _nth(values: Any, stage: int, name: str) -> Any:
+    if not isinstance(values, tuple) or stage >= len(values):
+        got = len(values) if isinstance(values, tuple) else 1
+        raise ValueError(
+            f"request: got {name} for {got} stages, but the plan has stage "
+            f"{stage + 1}; give a tuple of one per stage, encoded at its size"
+        )
+    return values[stage]
+
+
+def clip(
+    frames: geometry.Real,
+    height: geometry.Real,
+    width: geometry.Real,
+    fps: geometry.Real = 25.0,
+) -> Layout:
+    """A video and the sound of its length.
+
+    Args:
+        frames: 8k+1.
+        height: pixels, a multiple of 32.
+        width: pixels, a multiple of 32.
+        fps: frames per second.
+
+    Raises:
+        ValueError: naming the nearest valid value.
+    """
+    video = geometry.video_grid(frames, height, width, fps)
+    return Layout(video, geometry.audio_grid(video.frames, video.fps))
+
+
+def larger(layout: Layout) -> Layout:
+    """The layout of a refining stage: twice the sides, the same time."""
+    video = layout.video
+    if video is None:
+        raise ValueError("larger: the layout has no video, and only video is refined")
+    sides = LARGER * video.height, LARGER * video.width
+    return Layout(geometry.video_grid(video.frames, *sides, video.fps), layout.audio)
+
+
+def target_counts(layout: Layout) -> AV:
+    """Number of target tokens of each modality."""
+    return each(geometry.tokens, AV(layout.video, layout.audio))
+
+
+def start(request: Request, layout: Layout, *, numerics: Numerics = "exact") -> AV:
+    """The streams of a request, still without noise.
+
+    Args:
+        request: see `Request`.
+        layout: the clip; a modality may be absent.
+        numerics: how positions are made.
+
+    Raises:
+        ValueError: if first frame or reference do not fit the layout.
+
+    Source: scripts/inference_one_stage.py: _create_video_state, _create_audio_state.
+    """
+    text = request.prompts[0]
+    batch = len(text.video if text.audio is None else text.audio)
+
+    def target(grid: Any) -> Stream:
+        return streams.target(None, grid, batch=batch, numerics=numerics)
+
+    video, audio = each(target, AV(layout.video, layout.audio))
+    if request.first_frame is not None:
+        video = _with_first_frame(video, request.first_frame, layout)
+    if request.reference is not None:
+        audio = _with_reference(audio, request.reference, numerics)
+    return AV(video, audio)
+
+
+def _with_first_frame(s: Stream | None, frame: Array, layout: Layout) -> Stream:
+    if s is None or layout.video is None:
+        raise ValueError("start: a first frame was given, but the layout has no video")
+    want = (1, *geometry.latent_shape(layout.video)[1:], s.x.shape[-1])
+    if frame.shape[1:] != want:
+        raise ValueError(
+            f"start: first_frame has shape {[*frame.shape]}, expected [B, "
+            f"{', '.join(map(str, want))}]; encode the image at the clip's size"
+        )
+    return streams.fix_first_frame(s, geometry.patchify(frame))
+
+
+def _with_reference(s: Stream | None, ref: Array, numerics: Numerics) -> Stream:
+    if s is None:
+        raise ValueError("start: a reference was given, but the layout has no audio")
+    pos = geometry.reference_positions(ref.shape[1], numerics=numerics)
+    return streams.add_reference(s, geometry.patchify_audio(ref), jnp.asarray(pos))
+
+
+def draw_noise(key: PRNGKeyArray, s: AV) -> AV:
+    """Standard normal noise [B T C] for every token, fixed ones included."""
+    keys = AV(*jax.random.split(key))
+    return each(lambda s, k: jax.random.normal(k, s.x.shape, jnp.float32), s, keys)
+
+
+def add_noise(s: AV, noise: AV, sigma: float | np.floating | Array) -> AV:
+    """The streams at noise level `sigma`; see `streams.noise`."""
+
+    def one(s: Stream, n: Array) -> Stream:
+        return streams.noise(s, jnp.asarray(n), jnp.full(len(s.x), sigma, jnp.float32))
+
+    return each(one, s, noise)
+
+
+def refine(
+    request: Request, latents: AV, layout: Layout, *, numerics: Numerics = "exact"
+) -> AV:
+    """The streams of a refining stage, still without noise.
+
+    Args:
+        request: see `Request`; `first_frame` is that of this stage.
+        latents: enlarged video [B F H W C] and audio [B T M C].
+        layout: the enlarged clip.
+        numerics: how positions are made.
+
+    Raises:
+        ValueError: if latents or first frame do not fit the layout.
+
+    Source: scripts/inference_two_stage.py (stage 2).
+    """
+    if layout.video is None:
+        raise ValueError("refine: the layout has no video, and only video is refined")
+    video = geometry.patchify(latents.video)
+    video = streams.target(video, layout.video, numerics=numerics)
+    if request.first_frame is not None:
+        video = _with_first_frame(video, request.first_frame, layout)
+    if latents.audio is None or layout.audio is None:
+        return AV(video, None)
+    audio = geometry.patchify_audio(latents.audio)
+    audio = streams.target(audio, layout.audio, numerics=numerics)
+    return AV(video, streams.freeze(audio))
+
+
+def finish(s: AV, layout: Layout) -> AV:
+    """Latents [B F H W C] and [B T M C] of the targets, references dropped."""
+    grids = AV(layout.video, layout.audio)
+    target = each(lambda s, n: streams.split(s, n)[0].x, s, target_counts(layout))
+
+    def shaped(x: Array, grid: Any) -> Array:
+        if isinstance(grid, VideoGrid):
+            return geometry.unpatchify(x, grid)
+        return geometry.unpatchify_audio(x)
+
+    return each(shaped, target, grids)
