@@ -25,6 +25,8 @@ def main() -> None:
     from idlora_jax import sampling
 
     job, inputs = sampling.check(config)
+    for line in job.warnings:
+        print(f"warning: {line}", file=sys.stderr)
     total = sum(stage.sigmas.steps for stage in job.plan.stages)
     with tqdm(total=total, unit="step", disable=not config.progress) as bar:
         step = (lambda *_: bar.update()) if config.progress else None

@@ -249,7 +249,8 @@ class SampleConfig:
         output_dir: for `<name>.mp4`, `<name>.wav` and `<name>.json`.
         name: of these files.
         frames: 8k+1.
-        height: pixels, a multiple of 32; a plan that refines gives twice as many.
+        height: pixels, a multiple of 32; a plan that refines gives twice as many. None,
+            with width None: as the first frame's aspect wants (512 at most), or 512.
         width: pixels, likewise.
         fps: frames per second.
         steps: of the first stage's solver; "distilled" has its own eight.
@@ -281,8 +282,8 @@ class SampleConfig:
     output_dir: Path = Path("outputs/sample")
     name: str = "sample"
     frames: int = 121
-    height: int = 512
-    width: int = 512
+    height: int | None = None
+    width: int | None = None
     fps: float = 25.0
     steps: int = 30
     seed: int = 42
@@ -302,8 +303,10 @@ class SampleConfig:
         _require(self.frames == near, "frames", self.frames, f"8k+1 (use {near})")
         for name in ("height", "width"):
             side = getattr(self, name)
-            near = max(1, round(side / 32)) * 32
-            _require(side == near, name, side, f"a multiple of 32 (use {near})")
+            both = (self.height is None) == (self.width is None)
+            _require(both, name, side, "height and width together, or neither")
+            near = 512 if side is None else max(1, round(side / 32)) * 32
+            _require(side in (None, near), name, side, f"a multiple of 32 (use {near})")
         _require(0 < self.fps < 1000, "fps", self.fps, "above 0 (use 25)")
         good = len(factors) in (0, len(files))
         _require(good, "lora_strength", factors, f"{len(files)} factors, one per file")

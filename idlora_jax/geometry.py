@@ -67,6 +67,39 @@ def video_grid(frames: Real, height: Real, width: Real, fps: Real) -> VideoGrid:
     return VideoGrid(int(frames), int(height), int(width), float(fps))
 
 
+LONG_SIDE, MOST_PIXELS = 512, 576 * 1024
+
+
+def size_like(height: int, width: int) -> tuple[int, int]:
+    """The sides of a clip that has the aspect of a picture.
+
+    Args:
+        height: of the picture, pixels.
+        width: of the picture, pixels.
+
+    Returns:
+        Height and width, multiples of 32: the longer side is 512, or shorter where the
+        clip would have more than 576 x 1024 pixels.
+
+    Raises:
+        ValueError: if a side is not above 0.
+
+    Source: scripts/inference_one_stage.py: compute_resolution_match_aspect.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"size_like: sides must be above 0, got {height} x {width}")
+    scale = min(
+        LONG_SIDE / max(height, width), math.sqrt(MOST_PIXELS / (height * width))
+    )
+
+    def whole(side: int) -> int:
+        # Python rounds halves to even, twice, as the source does.
+        cells = round(round(side * scale) / PIXELS_PER_LATENT)
+        return max(1, cells) * PIXELS_PER_LATENT
+
+    return whole(height), whole(width)
+
+
 def nearest_frames(frames: Real) -> int:
     """The number of the form 8k+1 nearest to `frames`, at least 1."""
     return max(0, math.floor((frames - 1) / FRAMES_PER_LATENT + 0.5)) * 8 + 1

@@ -28,11 +28,13 @@ from idlora_jax import (
     adapters,
     checkpoints,
     codecs,
+    geometry,
     guidance,
     media,
     pipeline,
     plans,
     prompts,
+    tagged,
 )
 from idlora_jax.checkpoints import AdapterMeta
 from idlora_jax.data import tokenize
@@ -59,6 +61,7 @@ class Job:
         plan: the stages.
         adapters: of the used adapter files, by name.
         hashes: of the media files given, by role.
+        warnings: what is likely to make a bad clip.
     """
 
     config: SampleConfig
@@ -67,6 +70,7 @@ class Job:
     plan: Plan
     adapters: Mapping[str, AdapterMeta]
     hashes: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
 
 
 class Inputs(NamedTuple):
@@ -166,6 +170,13 @@ def _adapters(
     return found, metas
 
 
+def size_of(config: SampleConfig, image: Any) -> tuple[int, int]:
+    """Height and width of the first stage: as set, or as the first frame wants."""
+    if config.height is not None and config.width is not None:
+        return config.height, config.width
+    return (512, 512) if image is None else geometry.size_like(*image.shape[:2])
+
+
 def check(config: SampleConfig) -> tuple[Job, Inputs]:
     """Read and check everything a sample is made from, but for the base's weights.
 
@@ -178,19 +189,22 @@ def check(config: SampleConfig) -> tuple[Job, Inputs]:
             'prompt: got none, expected "[VISUAL]: ... [SPEECH]: ... [SOUNDS]: ..."; '
             "give it by --prompt"
         )
-    layout = pipeline.clip(config.frames, config.height, config.width, config.fps)
+    image = None
+    if config.first_frame is not None:
+        image = media.read_image(config.first_frame)
+    layout = pipeline.clip(config.frames, *size_of(config, image), config.fps)
+    warnings = tagged.lint(config.prompt, config.frames / config.fps)
     plan = plan_of(config)
     nets = _networks(config)
     for stage in plan.stages:
         guidance.branches(stage.terms, nets.transformer.layers)
-    hashes, wave, image = {}, None, None
+    hashes, wave = {}, None
     if config.reference_audio is not None:
         rate = nets.audio_vae.sample_rate
         wave = media.read_audio(config.reference_audio, rate, numerics=config.numerics)
         codecs.reference_mel(nets.audio_vae, wave)
         hashes["reference_audio"] = checkpoints.file_hash(config.reference_audio)
     if config.first_frame is not None:
-        image = media.read_image(config.first_frame)
         hashes["first_frame"] = checkpoints.file_hash(config.first_frame)
     found, metas = _adapters(config, nets)
     strengths = config.lora_strength or (1.0,) * len(config.lora)
@@ -203,7 +217,7 @@ def check(config: SampleConfig) -> tuple[Job, Inputs]:
     )
     changes = {name: parts.get("transformer", {}) for name, parts in found.items()}
     _check_folder(config.output_dir)
-    job = Job(config, nets, layout, plan, metas, hashes)
+    job = Job(config, nets, layout, plan, metas, hashes, warnings)
     return job, Inputs(wave, image, changes, text)
 
 
@@ -324,6 +338,7 @@ def record(job: Job, result: Media, seconds: Mapping[str, float]) -> dict[str, A
         },
         "audio": {"rate": rate, "samples": samples, "seconds": samples / rate},
         "seconds": dict(seconds),
+        "warnings": [*job.warnings],
     }
 
 

@@ -148,3 +148,20 @@ def test_only_training_rounds_target_audio():
 def test_rounding_needs_the_reference_numerics():
     with pytest.raises(ValueError, match="needs numerics='reference'"):
         geometry.positions(AudioGrid(2), rounding="train_bf16")
+
+
+@pytest.mark.parametrize(
+    ("picture", "size"),
+    [
+        ((512, 512), (512, 512)),
+        ((1080, 1920), (288, 512)),
+        ((1920, 1080), (512, 288)),
+        ((50, 84), (320, 512)),
+        ((3, 4000), (32, 512)),
+        ((768, 1024), (384, 512)),
+    ],
+)
+def test_a_clip_takes_the_aspect_of_its_picture(picture, size):
+    assert geometry.size_like(*picture) == size
+    with pytest.raises(ValueError, match="above 0"):
+        geometry.size_like(0, picture[1])

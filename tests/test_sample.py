@@ -428,3 +428,23 @@ def test_other_plans_end_to_end(monkeypatch, files, refining, tmp_path, plan):
     assert np.isfinite(media_.latents.video).all()
     (path, *_) = sampling.write(job, media_, {})
     assert media.probe(path).height == 64 * twice
+
+
+def test_without_a_size_the_clip_has_the_first_frames_aspect(files, tmp_path):
+    wide = tmp_path / "wide.png"
+    media.write_png(wide, np.zeros((54, 96, 3), np.uint8))
+    free = {"height": None, "width": None}
+    job, _ = sampling.check(config(files, tmp_path, first_frame=wide, **free))
+    assert (job.layout.video.height, job.layout.video.width) == (288, 512)
+    job, _ = sampling.check(config(files, tmp_path, first_frame=None, **free))
+    assert (job.layout.video.height, job.layout.video.width) == (512, 512)
+    with pytest.raises(ValueError, match="height and width together"):
+        config(files, tmp_path, height=None)
+
+
+def test_a_prompt_that_makes_a_bad_clip_is_warned_of(files, tmp_path):
+    long = "[VISUAL]: a [SPEECH]: " + "word " * 40 + "[SOUNDS]: b"
+    job, _ = sampling.check(config(files, tmp_path, prompt=long))
+    (line,) = job.warnings
+    assert "40 words" in line
+    assert sampling.record(job, result(), {})["warnings"] == [line]
