@@ -17,24 +17,25 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from idlora_jax.commandline import DTYPES, FAILURE, status_of
+from idlora_jax.commandline import (
+    DTYPES,
+    FAILURE,
+    converter,
+    converting,
+    status_of,
+)
 from idlora_jax.weights import check, convert, diffusers_folder, io
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; wrong usage ends the program with status 2."""
-    parser = argparse.ArgumentParser(
+    parser = converter(
         "convert/base.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        __doc__,
+        source="the original file or diffusers' folder; to export, the folder",
+        destination="the folder; with --export the file",
+        export="folder to --format",
     )
-    parser.add_argument(
-        "source", help="the original file or diffusers' folder; to export, the folder"
-    )
-    parser.add_argument(
-        "destination", nargs="?", help="the folder; with --export the file"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument(
         "--networks",
         nargs="+",
@@ -47,10 +48,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("keep", "upcast"),
         help="kernels stored in 8 bits: as they are (default), or times their scales",
     )
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--export", action="store_true", help="folder to --format")
-    way.add_argument("--check", action="store_true", help="read the headers, report")
-    way.add_argument("--verify", action="store_true", help="read all, compare hashes")
     parser.add_argument(
         "--format",
         choices=("original", "diffusers"),
@@ -61,7 +58,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="for --format diffusers: the noise levels are those of a distilled model",
     )
-    args = parser.parse_args(argv)
+    args = converting(parser, argv)
     refuse(parser, args)
     return args
 
@@ -69,9 +66,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program where options do not go together."""
     looks = args.check or args.verify
-    if looks == bool(args.destination):
-        one, two = "--check and --verify take one path", "expected two paths"
-        parser.error(f"{one if looks else two}: see --help")
     foreign = args.export and args.format == "diffusers"
     if (args.format and not args.export) or (args.distilled and not foreign):
         parser.error("--format goes with --export, --distilled with --format diffusers")

@@ -16,31 +16,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from idlora_jax.commandline import DTYPES, status_of
+from idlora_jax.commandline import DTYPES, converter, converting, status_of
 from idlora_jax.weights import text_encoder_files
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; wrong usage ends the program with status 2."""
-    parser = argparse.ArgumentParser(
+    parser = converter(
         "convert/text_encoder.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        __doc__,
+        source="the folder with config.json and the weights",
+        destination="the folder to be made",
     )
-    parser.add_argument("source", help="the folder with config.json and the weights")
-    parser.add_argument("destination", nargs="?", help="the folder to be made")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--check", action="store_true", help="read the headers, report")
-    way.add_argument("--verify", action="store_true", help="read all, compare hashes")
-    args = parser.parse_args(argv)
-    looks = args.check or args.verify
-    if looks == (args.destination is not None):
-        one, two = "--check and --verify take one path", "expected two paths"
-        parser.error(f"{one if looks else two}: see --help")
-    if looks and args.dtype:
-        parser.error("--dtype is for converting")
-    return args
+    return converting(parser, argv)
 
 
 def work(args: argparse.Namespace) -> int:

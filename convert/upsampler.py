@@ -15,31 +15,28 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from idlora_jax.commandline import DTYPES, FAILURE, status_of
+from idlora_jax.commandline import (
+    DTYPES,
+    FAILURE,
+    converter,
+    converting,
+    status_of,
+)
 from idlora_jax.weights import upsampler_check, upsampler_files
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; wrong usage ends the program with status 2."""
-    parser = argparse.ArgumentParser(
+    parser = converter(
         "convert/upsampler.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        __doc__,
+        source="the upsampler; with --export a converted one",
+        destination="the file to be made",
+        export="back to original names",
     )
-    parser.add_argument("source", help="the upsampler; with --export a converted one")
-    parser.add_argument("destination", nargs="?", help="the file to be made")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--export", action="store_true", help="back to original names")
-    way.add_argument("--check", action="store_true", help="read the headers, report")
-    way.add_argument("--verify", action="store_true", help="read all, compare hashes")
-    args = parser.parse_args(argv)
-    looks = args.check or args.verify
-    if looks == (args.destination is not None):
-        one, two = "--check and --verify take one path", "expected two paths"
-        parser.error(f"{one if looks else two}: see --help")
-    if (looks or args.export) and args.dtype:
-        parser.error("--dtype is for converting")
+    args = converting(parser, argv)
+    if args.export and args.dtype:
+        parser.error("a file is exported as it was: no --dtype")
     return args
 
 

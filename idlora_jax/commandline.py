@@ -131,6 +131,51 @@ def parse(argv: Sequence[str], kind: type[Config]) -> Config:
     return made
 
 
+def converter(
+    name: str,
+    about: str | None,
+    *,
+    source: str,
+    destination: str,
+    export: str | None = None,
+) -> argparse.ArgumentParser:
+    """The options that converting scripts share: paths, --dtype, --check, --verify.
+
+    Args:
+        name: of the script.
+        about: its text.
+        source: help for what is read.
+        destination: help for what is made.
+        export: help for --export; None: there is none.
+    """
+    parser = argparse.ArgumentParser(
+        name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help=source)
+    parser.add_argument("destination", nargs="?", help=destination)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    way = parser.add_mutually_exclusive_group()
+    if export is not None:
+        way.add_argument("--export", action="store_true", help=export)
+    way.add_argument("--check", action="store_true", help="read the headers, report")
+    way.add_argument("--verify", action="store_true", help="read all, compare hashes")
+    return parser
+
+
+def converting(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """Read the command line of a `converter`; wrong usage ends with status 2."""
+    args = parser.parse_args(argv)
+    looks = args.check or args.verify
+    if looks == (args.destination is not None):
+        one, two = "--check and --verify take one path", "expected two paths"
+        parser.error(f"{one if looks else two}: see --help")
+    if looks and args.dtype:
+        parser.error("--dtype is for writing")
+    return args
+
+
 def status_of(work: Callable[[], int | None]) -> int:
     """Do the work of a script and give its exit status.
 
