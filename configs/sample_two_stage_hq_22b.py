@@ -23,5 +23,5 @@ def get_config() -> SampleConfig:
         upsampler=Path("ltx-2.3-spatial-upscaler-x2-1.1.safetensors"),
         distilled_lora=Path("ltx-2.3-22b-distilled-lora-384.safetensors"),
         steps=15,
-        guidance=Guidance(stg=0.0, stg_layer=28, star=True),
+        guidance=Guidance(stg=0.0, stg_layer=28, video_star=True, audio_star=True),
     )

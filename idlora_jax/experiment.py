@@ -210,7 +210,8 @@ class Guidance:
         stg: away from skipped self-attention; 0 is off.
         stg_layer: where it is skipped, counted from 0.
         bimodal: towards video and audio that fit each other; 1 is off.
-        star: whether the negative prediction is scaled first (CFG-star).
+        video_star: whether the negative prediction is scaled first (CFG-star), video.
+        audio_star: the same, audio.
     """
 
     video_cfg: float = 3.0
@@ -219,7 +220,8 @@ class Guidance:
     stg: float = 1.0
     stg_layer: int = 29
     bimodal: float = 3.0
-    star: bool = False
+    video_star: bool = False
+    audio_star: bool = False
 
 
 REFINING = ("two_stage", "two_stage_hq")

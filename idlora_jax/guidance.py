@@ -44,7 +44,8 @@ class Term:
         layers: where `skip` holds; None: in all layers.
         drop_ref: whether its pass drops the reference tokens.
         neutral: the scale at which the term does nothing; weight = scale - neutral.
-        project: reshapes the direction (`star`, `Apg`); None leaves it.
+        project: reshapes the direction (`star`, `Apg`); None leaves it. An `AV` of them
+            does so for each modality by itself.
         momentum: factor of the running sum of directions; None: no memory.
     """
 
@@ -54,11 +55,11 @@ class Term:
     layers: tuple[int, ...] | None = None
     drop_ref: bool = False
     neutral: float = 0.0
-    project: Project | None = None
+    project: Project | AV | None = None
     momentum: float | None = None
 
 
-def text_cfg(project: Project | None = None) -> Term:
+def text_cfg(project: Project | AV | None = None) -> Term:
     """Away from the negative prompt (prompt 1). Source: guiders.py: CFGGuider."""
     return Term("text", prompt=1, neutral=1.0, project=project)
 
@@ -203,6 +204,15 @@ def memory(terms: Sequence[Term], x: AV) -> tuple[Any, ...]:
     )
 
 
+def _reshaped(project: Project | AV | None, positive: AV, direction: AV) -> AV:
+    both = project if isinstance(project, AV) else AV(project, project)
+
+    def one(f: Project | None, p: Any, d: Any) -> Any:
+        return d if f is None or d is None else f(p, d)
+
+    return AV(*map(one, both, positive, direction))
+
+
 def directions(
     terms: Sequence[Term], x0: tuple[AV, ...], memory: tuple[Any, ...] = ()
 ) -> tuple[tuple[AV, ...], tuple[Any, ...]]:
@@ -225,7 +235,7 @@ def directions(
         kept = (None if m is None else d for d, m in zip(out, memory, strict=True))
         memory = tuple(kept)
     out = [
-        direction if term.project is None else each(term.project, positive, direction)
+        _reshaped(term.project, positive, direction)
         for term, direction in zip(terms, out, strict=True)
     ]
     return tuple(out), memory

@@ -24,7 +24,7 @@ from idlora_jax import geometry, guidance, schedules, solvers
 from idlora_jax.denoise import Mode
 from idlora_jax.guidance import Term
 from idlora_jax.solvers import Solver
-from idlora_jax.types import Branch, Layout, Numerics
+from idlora_jax.types import AV, Branch, Layout, Numerics
 
 Real = float | int
 Scale = tuple[Real, Real]
@@ -174,7 +174,9 @@ class Scales:
         stg: guidance away from skipped self-attention; 0 is off.
         stg_layer: the layer whose self-attention is skipped.
         bimodal: guidance away from unconnected video and audio; 1 is off.
-        star: whether the negative prediction of text guidance is scaled first.
+        video_star: whether the negative prediction of the video's text guidance is
+            scaled first.
+        audio_star: the same of the audio's.
     """
 
     video_cfg: Real = 3.0
@@ -183,11 +185,14 @@ class Scales:
     stg: Real = 1.0
     stg_layer: int = 29
     bimodal: Real = 3.0
-    star: bool = False
+    video_star: bool = False
+    audio_star: bool = False
 
     def pairs(self) -> list[tuple[Term, Scale]]:
         """The terms with their scales for video and audio, off ones included."""
-        text = guidance.text_cfg(guidance.star if self.star else None)
+        switches = AV(self.video_star, self.audio_star)
+        star = AV(*(guidance.star if on else None for on in switches))
+        text = guidance.text_cfg(star if any(switches) else None)
         return [
             (text, (self.video_cfg, self.audio_cfg)),
             (guidance.identity(), (0.0, self.identity)),
@@ -197,7 +202,7 @@ class Scales:
 
 
 DEFAULT = Scales()
-HQ = Scales(stg=0.0, stg_layer=28, star=True)
+HQ = Scales(stg=0.0, stg_layer=28, video_star=True, audio_star=True)
 DISTILLED = Scales(video_cfg=1.0, audio_cfg=1.0, identity=0.0, stg=0.0, bimodal=1.0)
 
 

@@ -167,3 +167,18 @@ def test_momentum_sums_directions_and_leaves_other_terms_alone():
 
 def test_terms_without_momentum_need_no_memory():
     assert guidance.memory(ALL, predictions(1)[0]) == ()
+
+
+def test_a_projection_may_be_for_one_modality():
+    x0 = predictions(2)
+    found = {}
+    for name, project in (
+        ("none", None),
+        ("both", guidance.star),
+        ("video", AV(guidance.star, None)),
+    ):
+        ((direction,), _) = guidance.directions([guidance.text_cfg(project)], x0)
+        found[name] = direction
+    np.testing.assert_array_equal(found["video"].video, found["both"].video)
+    np.testing.assert_array_equal(found["video"].audio, found["none"].audio)
+    assert not np.allclose(found["both"].audio, found["none"].audio)

@@ -129,7 +129,9 @@ def test_the_hq_plan_counts_tokens_and_scales_the_negative_prediction():
     assert (first.solver, second.solver) == ("res2s", "res2s")
     assert (first.sigmas.steps, first.sigmas.tokens) == (15, None)
     assert [term.name for term in first.terms] == ["text", "identity", "bimodal"]
-    assert first.terms[0].project is guidance.star
+    assert first.terms[0].project == (guidance.star, guidance.star)
+    (half, _) = plans.two_stage_hq(audio_star=False).stages
+    assert half.terms[0].project == (guidance.star, None)
     assert second.refines and not second.terms
 
 

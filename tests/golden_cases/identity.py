@@ -67,7 +67,8 @@ def plan(golden: Golden) -> plans.Plan:
     }
     if golden.case == "identity_two_stage_hq":
         # These numbers only switch CFG-star on.
-        scales["star"] = max(p["video_rescale"], p["audio_rescale"]) > 0
+        for name in AV._fields:
+            scales[f"{name}_star"] = p[f"{name}_rescale"] > 0
     return PLANS[golden.case](steps=p["steps"], **scales)
 
 
