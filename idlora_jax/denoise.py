@@ -182,13 +182,17 @@ def predictions(denoise: Denoise, streams: AV, sigma: Any) -> tuple[AV, ...]:
 
 
 class Record(NamedTuple):
-    """Input and prediction of every model call, `AV` of [calls B T C] each.
+    """What every model call took and gave, `AV` of [calls B T C] each.
 
-    The guided prediction is as it was made: given tokens are set back after it.
+    Attributes:
+        x: its input.
+        x0: its guided prediction, given tokens set back: what the solver takes.
+        guided: the same before that.
     """
 
     x: AV
     x0: AV
+    guided: AV
 
 
 class _State(NamedTuple):
@@ -222,11 +226,12 @@ def _advance(
     """One model call and one solver step: the body `sample` and `iterate` share."""
     now = _with_x(streams, state.x)
     x0, memory = denoise(now, row.sigma, row.weights, state.memory)
-    x0 = each(_float32, x0)
+    guided = each(_float32, x0)
+    x0 = each(pin, guided, streams)
     noise = _noise(row.draws, state.x)
-    given = each(pin, x0, streams)
-    x, carry = step(state.x, given, state.carry, row.rows, noise)
-    return _State(each(pin, x, streams), carry, memory), Record(state.x, x0)
+    x, carry = step(state.x, x0, state.carry, row.rows, noise)
+    seen = Record(state.x, x0, guided)
+    return _State(each(pin, x, streams), carry, memory), seen
 
 
 @partial(jax.jit, static_argnames=("step", "record"))

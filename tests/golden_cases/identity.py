@@ -112,7 +112,7 @@ def init(tag: str, run: Run) -> dict[str, Any]:
 def calls(tag: str, run: Run) -> dict[str, Any]:
     out = {}
     for n in range(len(run.seen.x.video)):
-        for name, value in (("latent", run.seen.x), ("denoised", run.seen.x0)):
+        for name, value in (("latent", run.seen.x), ("denoised", run.seen.guided)):
             pair = recorded(each(lambda a, n=n: a[n], value), run.count)
             out |= stored(f"{tag}.call{n:02d}.", f".{name}", pair)
     tokens = recorded(each(lambda s: s.x, run.done), run.count)
