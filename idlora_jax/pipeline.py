@@ -197,10 +197,15 @@ def sample(
     if request.reference is None:
         stage = plans.without_reference(stage)
     sigmas = stage.sigmas.table(layout, numerics)
-    if stage.refines != (before is not None):
+    if stage.refines and before is None:
         raise ValueError(
-            f"sample: stage {stage.name!r} {'refines' if stage.refines else 'starts'} "
-            f"and got {'no' if before is None else ''} latents to start from"
+            f"sample: stage {stage.name!r} refines and got no latents, expected the "
+            "enlarged ones of the stage before; give before=enlarge(...)"
+        )
+    if before is not None and not stage.refines:
+        raise ValueError(
+            f"sample: stage {stage.name!r} starts from noise, expected no latents; "
+            "leave out before"
         )
     if before is None:
         clean = start(request, layout, numerics=numerics)

@@ -305,3 +305,16 @@ def test_run_decodes_what_the_stage_sampled(monkeypatch: Any, usual: AV):
     media = pipeline.run(*args, layout=LAYOUT)
     assert (media.video, media.wave, given["nets"]) == ("video", "wave", nets)
     assert same(media.latents, usual)
+
+
+def test_a_stage_gets_latents_exactly_if_it_refines(usual: AV):
+    first, second = plans.two_stage(**FULL).stages
+    with pytest.raises(ValueError, match=r"refines and got no latents.*enlarge"):
+        sample(second)
+    with pytest.raises(ValueError, match=r"starts from noise.*leave out before"):
+        sample(first, before=usual)
+
+
+def test_enlarging_needs_an_upsampler(usual: AV):
+    with pytest.raises(ValueError, match=r"no latent upsampler.*upsampler_path"):
+        pipeline.enlarge(None, {}, usual)
