@@ -139,15 +139,22 @@ def read_tensors(
         ) from None
 
 
+def _believed(value: Any, default: Any) -> Any:
+    """A recorded value as the kind of its default, what fits of it; else None."""
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        return tuple(v for v in value if isinstance(v, str))
+    if isinstance(default, dict) and isinstance(value, dict):
+        return {k: v for k, v in value.items() if isinstance(v, str)}
+    if isinstance(default, float) and isinstance(value, int | float):
+        return float(value) if abs(value) < 1e300 else None  # also false for NaN
+    return value if type(value) is type(default) else None
+
+
 def meta_of(recorded: Mapping[str, Any]) -> AdapterMeta:
     """What a file records, where it is of the right kind; defaults for the rest."""
-    kinds: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list, tuple)}
-    known = {}
-    for name, default in asdict(AdapterMeta()).items():
-        value, kind = recorded.get(name), type(default)
-        if isinstance(value, kinds.get(kind, (kind,))):
-            known[name] = kind(value)
-    return AdapterMeta(**known)
+    defaults = asdict(AdapterMeta())
+    found = {name: _believed(recorded.get(name), defaults[name]) for name in defaults}
+    return AdapterMeta(**{k: v for k, v in found.items() if v is not None})
 
 
 def load_adapters(

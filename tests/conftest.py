@@ -1,4 +1,7 @@
-"""A strict session: CPU, warnings are errors (pyproject), rank promotion raises."""
+"""A strict session: CPU, warnings are errors (pyproject), rank promotion raises.
+
+Hypothesis tries the same examples in every run; HYPOTHESIS_PROFILE=new tries new ones.
+"""
 
 import os
 
@@ -7,10 +10,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # optimiser would take longer than it saves.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("new", derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(scope="session")

@@ -102,6 +102,13 @@ def test_recorded_facts_of_another_kind_are_not_believed():
     assert about == known and isinstance(about.fps, float)
 
 
+def test_of_recorded_lists_only_the_strings_are_believed():
+    odd = {"targets": ["q", 1, None], "extra": {"a": 4.0e16, "b": "c"}}
+    odd |= {"alpha": float("nan"), "fps": 10**400, "rank": True}
+    known = AdapterMeta(targets=("q",), extra={"b": "c"})
+    assert checkpoints.meta_of(odd) == known
+
+
 def test_an_adapter_that_changes_nothing_is_told(tmp_path, base, adapter):
     path = tmp_path / "a.safetensors"
     nothing = adapters.scale(adapter, 0.0)
