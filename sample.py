@@ -15,7 +15,7 @@ import sys
 from tqdm import tqdm
 
 from idlora_jax import commandline
-from idlora_jax.experiment import SampleConfig
+from idlora_jax.sample_config import SampleConfig
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ Hardware: The transformer alone is 38 GB in bfloat16. Not run by us: no expected
 
 from pathlib import Path
 
-from idlora_jax.experiment import Guidance, SampleConfig
+from idlora_jax.sample_config import Guidance, SampleConfig
 
 
 def get_config() -> SampleConfig:

@@ -13,7 +13,7 @@ The values stand in idlora_jax/presets.py, which the demo reads too.
 """
 
 from idlora_jax import presets
-from idlora_jax.experiment import SampleConfig
+from idlora_jax.sample_config import SampleConfig
 
 
 def get_config() -> SampleConfig:

@@ -33,7 +33,8 @@ from idlora_jax import commandline, fitting, media, presets, sampling, tiny
 from idlora_jax.data import manifest as manifests
 from idlora_jax.data import preprocess, synthetic
 from idlora_jax.data.preprocess import Outcome
-from idlora_jax.experiment import SampleConfig, TrainConfig
+from idlora_jax.experiment import TrainConfig
+from idlora_jax.sample_config import SampleConfig
 
 CLIPS, SHEET, MARK = "clips", "contact_sheet.png", ".idlora_demo"
 MADE = (presets.CHECKPOINT, CLIPS, presets.LATENTS, presets.TRAIN, presets.SAMPLE)

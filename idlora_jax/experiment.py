@@ -1,7 +1,8 @@
-"""One experiment as a value: every setting of training or sampling, checked.
+"""One experiment as a value: every setting of training, checked.
 
-A configuration file is Python: its `get_config()` returns one of these frozen
-dataclasses, and the command line (`commandline`) overrides single fields.
+A configuration file is Python: its `get_config()` returns a frozen dataclass, this
+`TrainConfig` or `sample_config.SampleConfig`, and the command line (`commandline`)
+overrides single fields.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from idlora_jax.config import AUDIO_TARGETS
 Numerics = Literal["exact", "reference"]
 
 
-def _require(ok: bool, name: str, got: Any, expected: str) -> None:
+def require(ok: bool, name: str, got: Any, expected: str) -> None:
+    """Raise `ValueError` unless a setting is as expected."""
     if not ok:
         raise ValueError(f"{name}: got {got!r}, expected {expected}")
 
@@ -56,8 +58,8 @@ class Strategy:
     def __post_init__(self) -> None:
         """Check ranges."""
         p = self.first_frame_p
-        _require(0 <= p <= 1, "strategy.first_frame_p", p, "0 to 1")
-        _require(self.gap_s >= 0, "strategy.gap_s", self.gap_s, "0 or more seconds")
+        require(0 <= p <= 1, "strategy.first_frame_p", p, "0 to 1")
+        require(self.gap_s >= 0, "strategy.gap_s", self.gap_s, "0 or more seconds")
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ class Lora:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.rank >= 1, "lora.rank", self.rank, "1 or more")
-        _require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
+        require(self.rank >= 1, "lora.rank", self.rank, "1 or more")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,10 @@ class Optimizer:
     def __post_init__(self) -> None:
         """Check ranges."""
         rate, n = self.learning_rate, self.accumulation
-        _require(rate >= 0, "optimizer.learning_rate", rate, "0 or more")
-        _require(n >= 1, "optimizer.accumulation", n, "1 or more")
+        require(rate >= 0, "optimizer.learning_rate", rate, "0 or more")
+        require(n >= 1, "optimizer.accumulation", n, "1 or more")
         good = self.clip is None or self.clip > 0
-        _require(good, "optimizer.clip", self.clip, "above 0, or None")
+        require(good, "optimizer.clip", self.clip, "above 0, or None")
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,9 @@ class HeldOut:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.clips >= 0, "heldout.clips", self.clips, "0 or more")
+        require(self.clips >= 0, "heldout.clips", self.clips, "0 or more")
         good = all(0 < s <= 1 for s in self.sigmas) and len(self.sigmas) > 0
-        _require(good, "heldout.sigmas", self.sigmas, "levels above 0, up to 1")
+        require(good, "heldout.sigmas", self.sigmas, "levels above 0, up to 1")
 
 
 @dataclass(frozen=True)
@@ -189,138 +191,7 @@ class TrainConfig:
         """Check ranges."""
         for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
             value = getattr(self, name)
-            _require(value >= 1, name, value, "1 or more")
-
-
-NEGATIVE_PROMPT = (
-    "blurry or flickering picture, deformed face, stiff or mismatched lips, captions, "
-    "watermark, cuts, noisy, muffled or echoing voice, music"
-)
-"""Ours and short; the published scripts use a long one (give it by its option)."""
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How far predictions are pushed; see `plans.Scales`.
-
-    Attributes:
-        video_cfg: towards the prompt, video; 1 is off.
-        audio_cfg: towards the prompt, audio; 1 is off.
-        identity: towards the reference voice; 0 is off.
-        stg: away from skipped self-attention; 0 is off.
-        stg_layer: where it is skipped, counted from 0.
-        bimodal: towards video and audio that fit each other; 1 is off.
-        video_star: whether the negative prediction is scaled first (CFG-star), video.
-        audio_star: the same, audio.
-    """
-
-    video_cfg: float = 3.0
-    audio_cfg: float = 7.0
-    identity: float = 3.0
-    stg: float = 1.0
-    stg_layer: int = 29
-    bimodal: float = 3.0
-    video_star: bool = False
-    audio_star: bool = False
-
-
-REFINING = ("two_stage", "two_stage_hq")
-"""Plans whose second stage works at twice the size."""
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Everything that `sample.py` needs.
-
-    Attributes:
-        base: the base checkpoint (one .safetensors file, or a converted folder).
-        text_encoder: folder of gemma-3-12b-it.
-        prompt: "[VISUAL]: ... [SPEECH]: ... [SOUNDS]: ...".
-        negative_prompt: what to stay away from.
-        lora: adapter files.
-        lora_strength: one factor per file; none: 1 each. A refining stage uses none of
-            these files.
-        plan: which pipeline; see `plans`.
-        upsampler: the latent upsampler, for plans that refine.
-        distilled_lora: for plans that refine, and for "distilled" on a base that is not
-            distilled.
-        distilled_strength: one factor per stage; none: the plan's own.
-        reference_audio: recording of the voice to take; None: no reference.
-        first_frame: picture (or video) to start from; None: free.
-        fit: how it is brought to size, cropped or stretched.
-        output_dir: for `<name>.mp4`, `<name>.wav` and `<name>.json`.
-        name: of these files.
-        frames: 8k+1.
-        height: pixels, a multiple of 32; a plan that refines gives twice as many. None,
-            with width None: as the first frame's aspect wants (512 at most), or 512.
-        width: pixels, likewise.
-        fps: frames per second.
-        steps: of the first stage's solver; "distilled" has its own eight.
-        seed: of the noise.
-        guidance: how far predictions are pushed.
-        branches: how the passes of a step are laid out; results are equal.
-        numerics: how positions and noise levels are made.
-        dtype: of the networks' weights and the transformer's computation.
-        fp8: what becomes of kernels that the base holds in 8 bits: times their scales
-            in `dtype`, or kept and widened a layer at a time (half the memory).
-        progress: show a bar.
-        verify: first read the whole base and the adapters, and compare them with their
-            recorded hashes.
-    """
-
-    base: Path
-    text_encoder: Path
-    prompt: str = ""
-    negative_prompt: str = NEGATIVE_PROMPT
-    lora: tuple[Path, ...] = ()
-    lora_strength: tuple[float, ...] = ()
-    plan: Literal["one_stage", "two_stage", "two_stage_hq", "distilled"] = "one_stage"
-    upsampler: Path | None = None
-    distilled_lora: Path | None = None
-    distilled_strength: tuple[float, ...] = ()
-    reference_audio: Path | None = None
-    first_frame: Path | None = None
-    fit: Literal["crop", "stretch"] = "crop"
-    output_dir: Path = Path("outputs/sample")
-    name: str = "sample"
-    frames: int = 121
-    height: int | None = None
-    width: int | None = None
-    fps: float = 25.0
-    steps: int = 30
-    seed: int = 42
-    guidance: Guidance = field(default_factory=Guidance)
-    branches: Literal["sweep", "pair", "batch"] = "sweep"
-    numerics: Numerics = "exact"
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    fp8: Literal["upcast", "keep"] = "upcast"
-    progress: bool = True
-    verify: bool = False
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        steps, files, factors = self.steps, self.lora, self.lora_strength
-        _require(steps >= 1, "steps", steps, "1 or more")
-        near = max(0, round((self.frames - 1) / 8)) * 8 + 1
-        _require(self.frames == near, "frames", self.frames, f"8k+1 (use {near})")
-        for name in ("height", "width"):
-            side = getattr(self, name)
-            both = (self.height is None) == (self.width is None)
-            _require(both, name, side, "height and width together, or neither")
-            near = 512 if side is None else max(1, round(side / 32)) * 32
-            _require(side in (None, near), name, side, f"a multiple of 32 (use {near})")
-        _require(0 < self.fps < 1000, "fps", self.fps, "above 0 (use 25)")
-        good = len(factors) in (0, len(files))
-        _require(good, "lora_strength", factors, f"{len(files)} factors, one per file")
-        stages = 2 if self.plan in REFINING else 1
-        for name in ("upsampler", "distilled_lora") if stages == 2 else ():
-            value = getattr(self, name)
-            _require(value is not None, name, value, f"a file, for plan {self.plan!r}")
-        good = len(self.distilled_strength) in (0, stages)
-        text = f"{stages} factors, one per stage"
-        _require(good, "distilled_strength", self.distilled_strength, text)
-        plain_name = Path(self.name).name == self.name
-        _require(plain_name, "name", self.name, "a file name without folder or ending")
+            require(value >= 1, name, value, "1 or more")
 
 
 def plain(config: Any) -> Any:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from idlora_jax.experiment import Guidance, Lora, Optimizer, SampleConfig, TrainConfig
+from idlora_jax.experiment import Lora, Optimizer, TrainConfig
+from idlora_jax.sample_config import Guidance, SampleConfig
 
 CHECKPOINT, LATENTS = "checkpoint", "latents"
 BASE, TEXT_ENCODER = f"{CHECKPOINT}/ltx-2-tiny.safetensors", f"{CHECKPOINT}/gemma"

@@ -38,9 +38,10 @@ from idlora_jax import (
 )
 from idlora_jax.checkpoints import AdapterMeta
 from idlora_jax.data import tokenize
-from idlora_jax.experiment import REFINING, SampleConfig, plain
+from idlora_jax.experiment import plain
 from idlora_jax.pipeline import Media, Progress, Request
 from idlora_jax.plans import Plan
+from idlora_jax.sample_config import REFINING, SampleConfig
 from idlora_jax.types import Adapter, Layout, Prompt, Tree
 from idlora_jax.weights import io, networks
 from idlora_jax.weights.check import verify_watched

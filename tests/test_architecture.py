@@ -13,7 +13,7 @@ LIBRARY = ROOT / "idlora_jax"
 
 LEVELS = (
     "__init__ types config config_codecs config_text config_upsampler config_video_vae "
-    "config_vocoder files images mel sound media experiment commandline presets tagged",
+    "config_vocoder files images mel sound media experiment sample_config commandline presets tagged",
     "geometry schedules quantized adapters guidance solvers losses parallel",
     "streams",
     "denoise strategies model.*",

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from idlora_jax import commandline, experiment
-from idlora_jax.experiment import Optimizer, SampleConfig, Strategy, TrainConfig
+from idlora_jax.experiment import Optimizer, Strategy, TrainConfig
+from idlora_jax.sample_config import SampleConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILE = """

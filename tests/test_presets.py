@@ -5,7 +5,8 @@ import pathlib
 import pytest
 
 from idlora_jax import commandline, presets
-from idlora_jax.experiment import SampleConfig, TrainConfig
+from idlora_jax.experiment import TrainConfig
+from idlora_jax.sample_config import SampleConfig
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 

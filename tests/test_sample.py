@@ -25,9 +25,9 @@ from idlora_jax import (
 from idlora_jax.checkpoints import AdapterMeta
 from idlora_jax.config_upsampler import upsampler_config
 from idlora_jax.data import synthetic
-from idlora_jax.experiment import Guidance, SampleConfig
 from idlora_jax.model import upsampler
 from idlora_jax.pipeline import Media
+from idlora_jax.sample_config import Guidance, SampleConfig
 from idlora_jax.types import AV
 from idlora_jax.weights import io
 from idlora_jax.weights.upsampler_files import save_upsampler
