@@ -13,12 +13,14 @@ LIBRARY = ROOT / "idlora_jax"
 
 LEVELS = (
     "__init__ types config config_codecs config_text config_upsampler config_video_vae "
-    "config_vocoder files images mel sound media experiment sample_config commandline presets tagged",
+    "config_vocoder files images mel sound voices sheets media experiment sample_config "
+    "commandline presets tagged",
     "geometry schedules quantized adapters guidance solvers losses parallel",
     "streams",
     "denoise strategies model.*",
     "training loop weights.* checkpoints",
-    "prompts plans codecs starts pipeline sampling fitting data.*",
+    "prompts prompt_cache plans codecs starts pipeline continuation previews memory "
+    "trajectories jobs batches outputs sampling fitting data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""
