@@ -19,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
-from idlora_jax import guidance
+from idlora_jax import guidance, keys
 from idlora_jax.guidance import Term
+from idlora_jax.keys import Keys
 from idlora_jax.solvers import Solver, Table
 from idlora_jax.types import AV, Branch, Stream, each
 
 Mode = Literal["sweep", "pair", "batch"]
-Draws = PRNGKeyArray | AV | None
+Draws = Keys | AV | None
 
 
 Denoise = Callable[..., tuple[AV, Any]]
@@ -216,8 +217,8 @@ def _noise(draws: Any, x: AV) -> AV | None:
     """Recorded noise as it is, or standard normal noise from a key."""
     if draws is None or isinstance(draws, AV):
         return draws
-    keys = AV(*jax.random.split(draws))
-    return each(lambda x, key: jax.random.normal(key, x.shape, x.dtype), x, keys)
+    pair = AV(*keys.split(draws, 2))
+    return each(lambda x, key: keys.normal(key, x.shape), x, pair)
 
 
 def _advance(
@@ -234,7 +235,7 @@ def _advance(
     return _State(each(pin, x, streams), carry, memory), seen
 
 
-@partial(jax.jit, static_argnames=("step", "record"))
+@partial(jax.jit, static_argnames=("step", "record", "remat"))
 def _scan(
     denoise: Denoise,
     step: Callable[..., Any],
@@ -242,21 +243,26 @@ def _scan(
     state: _State,
     rows: _Row,
     record: bool,
+    remat: bool,
 ) -> tuple[_State, Record | None]:
     def body(state: _State, row: _Row) -> tuple[_State, Record | None]:
         state, seen = _advance(denoise, step, streams, state, row)
         return state, seen if record else None
 
+    # In a scan nothing can undo the checkpoint by sharing (no common subexpressions).
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
     return jax.lax.scan(body, state, rows)
 
 
 _one = jax.jit(_advance, static_argnames=("step",))
 
 
-def _weights(weights: Any, table: Table) -> np.ndarray:
+def _weights(weights: Any, table: Table) -> Any:
     """The weights of each row from those of each step; no terms: [rows 0 2]."""
     steps = int(table.step[-1]) + 1
-    weights = np.zeros((steps, 0, 2)) if weights is None else np.asarray(weights)
+    weights = np.zeros((steps, 0, 2)) if weights is None else weights
+    if not isinstance(weights, jax.Array):
+        weights = np.asarray(weights)
     if weights.ndim != 3 or weights.shape[::2] != (steps, 2):
         raise ValueError(
             f"sample: weights must be [steps, terms, 2] with {steps} steps, got shape "
@@ -272,7 +278,7 @@ def _draws(draws: Draws, solver: Solver, calls: int) -> Any:
     if draws is None:
         raise ValueError("sample: this solver draws noise; give `draws` a key")
     if not isinstance(draws, AV):
-        return jax.random.split(draws, calls)
+        return keys.split(draws, calls)
 
     def fill(noise: Array) -> Array:
         # The last call of res_2s uses no noise, so that none is recorded for it.
@@ -331,6 +337,7 @@ def sample(
     *,
     weights: Any = None,
     record: Literal[False] = False,
+    remat: bool = False,
 ) -> AV: ...
 
 
@@ -344,6 +351,7 @@ def sample(
     *,
     weights: Any = None,
     record: Literal[True],
+    remat: bool = False,
 ) -> tuple[AV, Record]: ...
 
 
@@ -356,6 +364,7 @@ def sample(
     *,
     weights: Any = None,
     record: bool = False,
+    remat: bool = False,
 ) -> AV | tuple[AV, Record]:
     """Denoise `streams` along `sigmas`: one `lax.scan` over the solver's table.
 
@@ -367,10 +376,12 @@ def sample(
         solver: from `solvers`.
         sigmas: falling noise levels [n+1], host values; x is at the first one.
         streams: `AV` of `Stream`.
-        draws: a key, or recorded noise: `AV` of [calls B T C], in the order of the
-            calls (middle, step, middle, ...). Only for solvers that draw.
-        weights: guidance weights [n, terms, 2], host values.
+        draws: a key, a key per sample, or recorded noise: `AV` of [calls B T C], in
+            the order of the calls (middle, step, middle, ...). Only for solvers that
+            draw.
+        weights: guidance weights [n, terms, 2].
         record: also return input and prediction of every model call.
+        remat: for gradients: keep each step's input only, and run it again backwards.
 
     Returns:
         The streams with x at the last sigma.
@@ -379,7 +390,8 @@ def sample(
         ValueError: if sigmas rise, or weights or noise have the wrong sizes.
     """
     denoise, _, state, rows = _start(denoise, solver, sigmas, streams, draws, weights)
-    state, seen = _scan(denoise, solver.step, streams, state, rows, record)
+    args = (denoise, solver.step, streams, state, rows)
+    state, seen = _scan(*args, record=record, remat=remat)
     done = _with_x(streams, state.x)
     return done if seen is None else (done, seen)
 
@@ -392,14 +404,18 @@ def iterate(
     draws: Draws = None,
     *,
     weights: Any = None,
-) -> Iterator[AV]:
-    """As `sample`, yielding the streams after each of the n steps."""
+) -> Iterator[tuple[AV, Record]]:
+    """As `sample`, yielding after each of the n steps.
+
+    Yields:
+        The streams, and input and prediction [B T C] of the step's last model call.
+    """
     denoise, table, state, rows = _start(
         denoise, solver, sigmas, streams, draws, weights
     )
     calls = len(table.step)
     for i in range(calls):
         row = jax.tree.map(lambda a, i=i: a[i], rows)
-        state, _ = _one(denoise, solver.step, streams, state, row)
+        state, seen = _one(denoise, solver.step, streams, state, row)
         if i + 1 == calls or table.step[i + 1] != table.step[i]:
-            yield _with_x(streams, state.x)
+            yield _with_x(streams, state.x), seen

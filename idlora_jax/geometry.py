@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import ml_dtypes
@@ -33,6 +34,7 @@ AUDIO_LATENTS_PER_S = SAMPLE_RATE / HOP / MEL_PER_LATENT
 VIDEO_CHANNELS = 128
 AUDIO_CHANNELS = 8
 AUDIO_BINS = 16
+GAP_S = 1 / AUDIO_LATENTS_PER_S
 
 Rounding = Literal["infer_bf16", "train_bf16"]
 Real = float | int
@@ -111,10 +113,10 @@ def frames_for(seconds: Real, fps: Real) -> int:
 
 
 def seconds(grid: VideoGrid | AudioGrid) -> float:
-    """Duration: video frames over fps, audio latents over 25."""
+    """Duration from time 0 on: video frames over fps, audio latents over 25."""
     if isinstance(grid, VideoGrid):
         return grid.frames / grid.fps
-    return grid.frames / AUDIO_LATENTS_PER_S
+    return (grid.frames - grid.before) / AUDIO_LATENTS_PER_S
 
 
 def audio_latents(seconds: Real) -> int:
@@ -125,8 +127,13 @@ def audio_latents(seconds: Real) -> int:
     return round(seconds * AUDIO_LATENTS_PER_S)
 
 
-def audio_grid(frames: int, fps: Real) -> AudioGrid:
+def audio_grid(frames: int, fps: Real, *, pre_roll: Real = 0.0) -> AudioGrid:
     """The audio that accompanies `frames` video frames at `fps`.
+
+    Args:
+        frames: of the video.
+        fps: frames per second.
+        pre_roll: seconds of sound before the video begins, rounded to latents.
 
     Raises:
         ValueError: if the clip is too short for one audio latent (0.02 s).
@@ -141,7 +148,8 @@ def audio_grid(frames: int, fps: Real) -> AudioGrid:
             f"audio_grid: {frames} frames at {fps} fps are shorter than one audio "
             f"latent (0.04 s); use {need} frames or more"
         )
-    return AudioGrid(latents)
+    before = audio_latents(pre_roll)
+    return AudioGrid(before + latents, before)
 
 
 def latent_shape(grid: VideoGrid | AudioGrid) -> tuple[int, ...]:
@@ -235,6 +243,7 @@ def positions(
     else:
         x = x * real(HOP) / real(SAMPLE_RATE)
         after = before
+        start_s -= grid.before / AUDIO_LATENTS_PER_S
     x[0] += real(start_s)
     return after(x).astype(np.float32)[None]
 
@@ -242,15 +251,17 @@ def positions(
 def reference_positions(
     frames: int,
     *,
-    gap_s: Real = 0.04,
+    gap_s: Real = GAP_S,
+    end_s: Real = 0.0,
     numerics: Numerics = "exact",
     rounding: Rounding | None = None,
 ) -> Float[np.ndarray, "1 1 T 2"]:
-    """Positions of reference audio: negative seconds, ending `gap_s` before zero.
+    """Positions of reference audio: negative seconds, ending `gap_s` before `end_s`.
 
     Args:
         frames: number T of reference latents.
-        gap_s: distance from the last end to zero; one latent step in the reference.
+        gap_s: distance from the last end; one latent step in the reference.
+        end_s: seconds at which what follows begins; 0 in the reference.
         numerics: as in `positions`.
         rounding: either value rounds to bfloat16 first and after each subtraction,
             as the reference does both in training and at inference.
@@ -271,7 +282,24 @@ def reference_positions(
     cast = _bf16 if rounding else _same
     x = cast(pixel_bounds(AudioGrid(frames)).astype(real) * real(HOP) / SAMPLE_RATE)
     x = cast(cast(x - x[0, -1, 1]) - cast(np.asarray(gap_s, real)))
-    return x.astype(np.float32)[None]
+    return (x + real(end_s)).astype(np.float32)[None]
+
+
+def reference_ends(
+    frames: Sequence[int], *, gap_s: Real = GAP_S, end_s: Real = 0.0
+) -> list[float]:
+    """Where what follows each of several references begins: `end_s` for each.
+
+    They lie one before the other, `gap_s` apart, the first nearest to `end_s`.
+
+    Args:
+        frames: number of latents of each.
+        gap_s: distance between them, and to `end_s`.
+        end_s: seconds at which the target begins.
+    """
+    lengths = [(MEL_PER_LATENT * n + 1 - MEL_PER_LATENT) * HOP for n in frames]
+    steps = [0.0, *(gap_s + length / SAMPLE_RATE for length in lengths)]
+    return [end_s - before for before in itertools.accumulate(steps)][: len(frames)]
 
 
 def patchify(latent: Float[Array, "B F H W C"]) -> Float[Array, "B T C"]:

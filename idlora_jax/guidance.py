@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -54,9 +55,9 @@ class Term:
     skip: Skip = NOTHING
     layers: tuple[int, ...] | None = None
     drop_ref: bool = False
-    neutral: float = 0.0
+    neutral: float | int = 0.0
     project: Project | AV | None = None
-    momentum: float | None = None
+    momentum: float | int | None = None
 
 
 def text_cfg(project: Project | AV | None = None) -> Term:
@@ -123,10 +124,52 @@ def _branch(term: Term, depth: int, positive: Branch) -> Branch:
     )
 
 
+@dataclass(frozen=True)
+class Window:
+    """A scale at some noise levels: a schedule for `weights`.
+
+    Attributes:
+        scale: within the window; a number, host or traced.
+        low: lowest noise level of the window.
+        high: highest noise level of the window.
+        outside: the scale elsewhere; a term's `neutral` switches it off there.
+    """
+
+    scale: Any
+    low: float | int = 0.0
+    high: float | int = 1.0
+    outside: float | int = 0.0
+
+    def __call__(self, sigma: float) -> Any:
+        """The scale at a noise level."""
+        return self.scale if self.low <= sigma <= self.high else self.outside
+
+
+Scale = float | int | Array | np.generic | Callable[[float], Any]
+"""A number, host or traced, or a schedule: noise level -> number."""
+
+
+def _at(scale: Scale, sigma: float) -> Any:
+    return scale(sigma) if callable(scale) else scale
+
+
 def weights(
-    terms: Sequence[Term], scales: Mapping[str, Sequence[float | int]], steps: int
-) -> Float[np.ndarray, "steps terms 2"]:
-    """A constant weight table from scales by term name, (video, audio) each.
+    terms: Sequence[Term],
+    scales: Mapping[str, Sequence[Scale]],
+    steps: int | Sequence[float] | np.ndarray,
+) -> Float[Any, "steps terms 2"]:
+    """A weight table from scales by term name, (video, audio) each.
+
+    Schedules are evaluated here, on the host, at the noise level a step starts from.
+
+    Args:
+        terms: the guidance terms.
+        scales: numbers (traced ones, too) or schedules such as `Window`.
+        steps: the noise level each step starts from; for scales that are all numbers,
+            how many steps.
+
+    Returns:
+        float32 numpy, or a jax array where a scale is one.
 
     Raises:
         ValueError: unless every term has scales and every scale a term.
@@ -137,9 +180,21 @@ def weights(
             f"weights: scales for {sorted(scales)}, expected one for each of the terms "
             f"{sorted(names)}"
         )
-    rows = [np.subtract(scales[term.name], term.neutral) for term in terms]
-    table = np.array(rows, np.float32).reshape(len(rows), 2)
-    return np.broadcast_to(table, (steps, *table.shape))
+    pairs = [(scales[term.name], term.neutral) for term in terms]
+    varying = any(callable(s) for pair, _ in pairs for s in pair)
+    if isinstance(steps, int) and varying:
+        raise ValueError(
+            "weights: a scale depends on the noise level, but only the number of steps "
+            "is given; give the noise level each step starts from"
+        )
+    levels = [0.0] * steps if isinstance(steps, int) else [float(s) for s in steps]
+    table = [
+        [[_at(s, sigma) - neutral for s in pair] for pair, neutral in pairs]
+        for sigma in levels
+    ]
+    traced = any(isinstance(x, jax.Array) for x in jax.tree.leaves(table))
+    made = jnp.asarray(table, jnp.float32) if traced else np.array(table, np.float32)
+    return made.reshape(len(levels), len(pairs), 2)
 
 
 def _per_sample(x: Float[Array, "B ..."]) -> tuple[int, ...]:
@@ -179,8 +234,8 @@ class Apg:
     Source: arXiv 2410.02416; guiders.py: LtxAPGGuider, LegacyStatefulAPGGuider.
     """
 
-    eta: float = 1.0
-    norm_threshold: float | None = None
+    eta: float | int = 1.0
+    norm_threshold: float | int | None = None
 
     def __call__(
         self, positive: Float[Array, "B ..."], direction: Float[Array, "B ..."]

@@ -7,8 +7,8 @@
 
 `run` is only these functions in turn; each can be used alone. A stage is compiled once
 per layout and static part (terms, solver, mode): another prompt, seed, scale, number of
-steps' values or adapter strength reuses it. Randomness comes from one key, split for
-each draw, or enters as values in the same place (`Request.noise`).
+steps' values or adapter strength reuses it. Randomness comes from one key, or one per
+sample, split for each draw, or enters as values in the same place (`Request.noise`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jax.sharding import Mesh
 
 from idlora_jax import adapters as lora
-from idlora_jax import codecs, denoise, plans
+from idlora_jax import codecs, denoise, keys, parallel, plans
 from idlora_jax.config import TransformerConfig
 from idlora_jax.config_upsampler import UpsamplerConfig
+from idlora_jax.keys import Keys
 from idlora_jax.model import transformer, upsampler
 from idlora_jax.model.attention import Backend
 from idlora_jax.plans import Plan, Stage
@@ -47,6 +48,8 @@ from idlora_jax.weights.networks import Networks
 __all__ = [
     "Media",
     "Request",
+    "Seen",
+    "Watch",
     "add_noise",
     "clip",
     "denoiser",
@@ -63,8 +66,29 @@ __all__ = [
     "with_adapters",
 ]
 
-Progress = Callable[[int, int], Any]
-"""(steps done, steps in all)."""
+
+class Seen(NamedTuple):
+    """What a watcher sees after each step.
+
+    Attributes:
+        stage: the stage's name.
+        step: how many of its steps are done.
+        steps: how many it has.
+        sigma: the noise level reached.
+        latents: `AV` of [B F H W C] and [B T M C] at this level.
+        x0: `AV` of the guided clean prediction that the step took, likewise.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    sigma: float
+    latents: AV
+    x0: AV
+
+
+Watch = Callable[[Seen], Any]
+"""Called after every step; what it raises ends the run."""
 
 
 class Media(NamedTuple):
@@ -73,7 +97,7 @@ class Media(NamedTuple):
     Attributes:
         video: uint8 [B F H W 3], or None.
         wave: float32 [B 2 N] in [-1, 1] at the vocoder's rate, or None.
-        latents: `AV` of [B F H W C] and [B T M C].
+        latents: `AV` of [B F H W C] and [B T M C], a pre-roll included.
     """
 
     video: Any
@@ -83,7 +107,10 @@ class Media(NamedTuple):
 
 @functools.cache
 def network(
-    cfg: TransformerConfig, dtype: str = "float32", backend: Backend = "auto"
+    cfg: TransformerConfig,
+    dtype: str = "float32",
+    backend: Backend = "auto",
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[AV, ...]]:
     """The transformer as `denoise` takes it, computing in `dtype`.
 
@@ -103,7 +130,7 @@ def network(
         s = each(lambda s: s._replace(x=s.x.astype(dtype)), s)
         options = {"targets": targets, "mode": mode, "backend": backend}
         args = (cfg, variables, prepared, s, sigma, branches)
-        return transformer.apply(*args, **options)
+        return transformer.apply(*args, mesh=mesh, **options)
 
     return apply
 
@@ -119,6 +146,7 @@ def denoiser(
     numerics: Numerics = "exact",
     dtype: str = "float32",
     backend: Backend = "auto",
+    mesh: Mesh | None = None,
 ) -> denoise.Denoise:
     """The guided prediction of a stage, for streams at these positions.
 
@@ -132,6 +160,7 @@ def denoiser(
         numerics: how rope tables are made.
         dtype: what the transformer computes in; the sampler's state is float32.
         backend: see `model.attention.attend`.
+        mesh: see `model.transformer.apply`.
 
     Raises:
         ValueError: if a term needs a prompt that is not given.
@@ -148,7 +177,7 @@ def denoiser(
 
     texts = tuple(Prompt(cast(p.video), cast(p.audio), p.mask) for p in prompts)
     return denoise.make_denoiser(
-        network(cfg, dtype, backend),
+        network(cfg, dtype, backend, mesh),
         dict(variables),
         transformer.prepare(cfg, variables, s, texts, numerics=numerics),
         stage.terms,
@@ -165,7 +194,7 @@ def sample(
     cfg: TransformerConfig,
     variables: Mapping[str, Tree],
     request: Request,
-    key: PRNGKeyArray,
+    key: Keys,
     *,
     layout: Layout,
     before: AV | None = None,
@@ -173,7 +202,9 @@ def sample(
     numerics: Numerics = "exact",
     dtype: str = "float32",
     backend: Backend = "auto",
-    progress: Progress | None = None,
+    mesh: Mesh | None = None,
+    watch: Watch | None = None,
+    remat: bool = False,
 ) -> AV:
     """One stage: latents from a request.
 
@@ -182,14 +213,18 @@ def sample(
         cfg: the transformer.
         variables: {"params": base} and optionally {"lora": adapter}.
         request: see `Request`; what this stage takes of it (`starts.of_stage`).
-        key: for the noise, where it is not given, and for the solver.
+        key: for the noise, where it is not given, and for the solver; or a key per
+            sample [B], so that a sample comes out the same in any company.
         layout: the clip, at this stage's size.
         before: what a refining stage starts from, at this size (`enlarge`).
         draws: noise for solvers that draw, see `denoise.sample`; None: from the key.
         numerics: how positions, noise levels and rope tables are made.
         dtype: what the transformer computes in.
         backend: see `model.attention.attend`.
-        progress: called after every step; with it, steps are dispatched one by one.
+        mesh: devices that the samples are divided over, and branches in mode "batch";
+            `variables` are placed on it already (`networks.load`, `parallel.place`).
+        watch: called after every step; with it, steps are dispatched one by one.
+        remat: for gradients; see `denoise.sample`.
 
     Raises:
         ValueError: if the request does not fit the layout or the stage.
@@ -207,6 +242,7 @@ def sample(
             f"sample: stage {stage.name!r} starts from noise, expected no latents; "
             "leave out before"
         )
+    request = parallel.rows(request, mesh)
     if before is None:
         clean = start(request, layout, numerics=numerics)
     else:
@@ -215,9 +251,11 @@ def sample(
         "numerics": numerics,
         "dtype": dtype,
         "backend": backend,
+        "mesh": mesh,
     }
-    noise_key, solver_key = jax.random.split(key)
+    noise_key, solver_key = keys.split(key, 2)
     noise = draw_noise(noise_key, clean) if request.noise is None else request.noise
+    clean, noise = parallel.rows((clean, noise), mesh)
     args = (
         denoiser(stage, cfg, variables, clean, request.prompts, layout, **options),
         plans.SOLVERS[stage.solver](),
@@ -225,13 +263,16 @@ def sample(
         add_noise(clean, noise, sigmas[0]),
         solver_key if draws is None else draws,
     )
-    weights = stage.weights(len(sigmas) - 1)
-    if progress is None:
-        return finish(denoise.sample(*args, weights=weights), layout)
+    weights = stage.weights(sigmas)
+    if watch is None:
+        return finish(denoise.sample(*args, weights=weights, remat=remat), layout)
     done = clean
-    for step, done in enumerate(denoise.iterate(*args, weights=weights), start=1):
-        jax.block_until_ready(done)
-        progress(step, len(sigmas) - 1)
+    steps = enumerate(denoise.iterate(*args, weights=weights), start=1)
+    for step, (done, seen) in steps:
+        x0 = finish(each(lambda s, x: s._replace(x=x), done, seen.x0), layout)
+        now = jax.block_until_ready(finish(done, layout))
+        level = float(sigmas[step])
+        watch(Seen(stage.name, step, len(sigmas) - 1, level, now, x0))
     return finish(done, layout)
 
 
@@ -303,7 +344,7 @@ def stages(
     base: Mapping[str, Tree],
     adapters: Mapping[str, Adapter],
     request: Request,
-    key: PRNGKeyArray,
+    key: Keys,
     *,
     layout: Layout,
     **options: Any,
@@ -311,14 +352,15 @@ def stages(
     """The latents after each stage of a plan; arguments as of `run`."""
     latents: AV | None = None
     # One stage uses the key itself, so that it gives what `sample` alone gives.
-    keys = [key] if len(plan.stages) == 1 else jax.random.split(key, len(plan.stages))
+    count = len(plan.stages)
+    each_key = [key] if count == 1 else keys.split(key, count)
     for number, size in enumerate(layouts(plan, layout)):
         stage, asked = plan.stages[number], of_stage(request, number)
         if stage.refines:
             assert latents is not None, "a plan's first stage does not refine"
             options["before"] = enlarge(nets.upsampler, base, latents)
         variables = with_adapters(base["transformer"], adapters, stage)
-        args = (stage, nets.transformer, variables, asked, keys[number])
+        args = (stage, nets.transformer, variables, asked, each_key[number])
         latents = sample(*args, layout=size, **options)
         yield latents
 
@@ -329,7 +371,7 @@ def run(
     base: Mapping[str, Tree],
     adapters: Mapping[str, Adapter],
     request: Request,
-    key: PRNGKeyArray,
+    key: Keys,
     *,
     layout: Layout,
     **options: Any,
@@ -343,9 +385,9 @@ def run(
             and "upsampler" where a stage refines.
         adapters: by the names the plan's stages use, b unscaled by the strength.
         request: see `Request`.
-        key: for everything drawn.
+        key: for everything drawn, or one per sample [B].
         layout: the clip, from `clip`, at the size of the first stage.
-        options: numerics, dtype, backend and progress of `sample`.
+        options: numerics, dtype, backend, mesh and watch of `sample`.
 
     Raises:
         ValueError: for a request that does not fit, or a missing adapter or upsampler.
@@ -358,4 +400,5 @@ def run(
     """
     args = (plan, nets, base, adapters, request, key)
     *_, latents = stages(*args, layout=layout, **options)
-    return Media(*codecs.decode(nets, base, latents), latents)
+    before = layout.audio.before if layout.audio is not None else 0
+    return Media(*codecs.decode(nets, base, latents, before=before), latents)

@@ -1,8 +1,8 @@
 """Pipelines as data: which solver, which noise levels, which guidance, per stage.
 
 A `Stage` is one run of the sampler, a `Plan` the stages in order. Everything here is
-static and holds no array; what the numbers mean is said once, in `solvers`, `schedules`
-and `guidance`. The guidance of a stage is linear,
+static and holds no array, but for scales that are given as one; what the numbers mean
+is said once, in `solvers`, `schedules` and `guidance`. A stage's guidance is linear,
 
     x0 = x0_0 + sum_g w_g (x0_0 - x0_g),
 
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -27,7 +28,7 @@ from idlora_jax.solvers import Solver
 from idlora_jax.types import AV, Branch, Layout, Numerics
 
 Real = float | int
-Scale = tuple[Real, Real]
+Scale = tuple[guidance.Scale, guidance.Scale]
 """(video, audio)."""
 
 SOLVERS: Mapping[str, Callable[[], Solver]] = {
@@ -86,6 +87,8 @@ RECIPES: Mapping[str, Callable[[Sigmas, Layout, Numerics], np.ndarray]] = {
     "stage2_distilled": lambda *_: schedules.stage2_distilled(),
 }
 PLAIN = Branch()
+ALWAYS = (0.0, 1.0)
+"""The window of all noise levels."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,15 @@ class Stage:
                 f"{len(self.scales)} scales; give one (video, audio) pair per term"
             )
 
-    def weights(self, steps: int) -> Float[np.ndarray, "steps terms 2"]:
-        """The weight of each term in each step, for video and audio."""
+    def weights(self, sigmas: Float[np.ndarray, " N"]) -> Float[Any, "steps terms 2"]:
+        """The weight of each term in each step, for video and audio.
+
+        Args:
+            sigmas: the stage's noise levels, the last one included.
+        """
         names = (term.name for term in self.terms)
         scales = dict(zip(names, self.scales, strict=True))
-        return guidance.weights(self.terms, scales, steps)
+        return guidance.weights(self.terms, scales, sigmas[:-1])
 
 
 @dataclass(frozen=True)
@@ -158,14 +165,25 @@ def without_reference(stage: Stage) -> Stage:
 
 def _with_terms(stage: Stage, pairs: Sequence[tuple[Term, Scale]]) -> Stage:
     """The stage with those of the terms that do something."""
-    kept = [(t, s) for t, s in pairs if any(v != t.neutral for v in s)]
+    kept = [(t, s) for t, s in pairs if not all(_is_off(v, t.neutral) for v in s)]
     terms, scales = (tuple(part[i] for part in kept) for i in range(2))
     return replace(stage, terms=terms, scales=scales)
+
+
+def _is_off(scale: guidance.Scale, neutral: float) -> bool:
+    """Whether a scale does nothing at any noise level, as far as can be seen."""
+    if isinstance(scale, guidance.Window):
+        scale = scale.scale if scale.outside == neutral else np.nan
+    return not (callable(scale) or isinstance(scale, jax.Array)) and scale == neutral
 
 
 @dataclass(frozen=True)
 class Scales:
     """How far predictions are pushed, by term.
+
+    A scale is a number, an array (a traced one, too) or a schedule: any function of the
+    noise level. Windows are noise levels (lowest, highest) outside of which a term is
+    off.
 
     Attributes:
         video_cfg: text guidance of the video; 1 is off.
@@ -177,28 +195,75 @@ class Scales:
         video_star: whether the negative prediction of the video's text guidance is
             scaled first.
         audio_star: the same of the audio's.
+        text_window: when text guidance is on.
+        identity_window: when identity guidance is on.
+        stg_window: when STG is on.
+        bimodal_window: when the bimodal term is on.
+        video_rescale: share of the change of deviation that is undone, video.
+        audio_rescale: the same, audio.
+        apg: whether text guidance is projected; see `guidance.Apg`.
+        apg_eta: its `eta`.
+        apg_norm: its `norm_threshold`; 0: any.
+        apg_momentum: factor of the running sum of its directions; 0: none.
     """
 
-    video_cfg: Real = 3.0
-    audio_cfg: Real = 7.0
-    identity: Real = 3.0
-    stg: Real = 1.0
+    video_cfg: guidance.Scale = 3.0
+    audio_cfg: guidance.Scale = 7.0
+    identity: guidance.Scale = 3.0
+    stg: guidance.Scale = 1.0
     stg_layer: int = 29
-    bimodal: Real = 3.0
+    bimodal: guidance.Scale = 3.0
     video_star: bool = False
     audio_star: bool = False
+    text_window: Sequence[Real] = ALWAYS
+    identity_window: Sequence[Real] = ALWAYS
+    stg_window: Sequence[Real] = ALWAYS
+    bimodal_window: Sequence[Real] = ALWAYS
+    video_rescale: Real = 0.0
+    audio_rescale: Real = 0.0
+    apg: bool = False
+    apg_eta: Real = 1.0
+    apg_norm: Real = 0.0
+    apg_momentum: Real = 0.0
 
     def pairs(self) -> list[tuple[Term, Scale]]:
         """The terms with their scales for video and audio, off ones included."""
+        found = [
+            (self._text(), (self.video_cfg, self.audio_cfg), self.text_window),
+            (guidance.identity(), (0.0, self.identity), self.identity_window),
+            (guidance.stg([self.stg_layer]), (self.stg,) * 2, self.stg_window),
+            (guidance.bimodal(), (self.bimodal,) * 2, self.bimodal_window),
+        ]
+        return [(term, _within(window, s, term)) for term, s, window in found]
+
+    def _text(self) -> Term:
+        if self.apg:
+            shape = guidance.Apg(self.apg_eta, self.apg_norm or None)
+            term = guidance.text_cfg(shape)
+            return replace(term, momentum=self.apg_momentum or None)
         switches = AV(self.video_star, self.audio_star)
         star = AV(*(guidance.star if on else None for on in switches))
-        text = guidance.text_cfg(star if any(switches) else None)
-        return [
-            (text, (self.video_cfg, self.audio_cfg)),
-            (guidance.identity(), (0.0, self.identity)),
-            (guidance.stg([self.stg_layer]), (self.stg, self.stg)),
-            (guidance.bimodal(), (self.bimodal, self.bimodal)),
-        ]
+        return guidance.text_cfg(star if any(switches) else None)
+
+    def rescale(self) -> tuple[Real, Real] | None:
+        """`Stage.rescale`."""
+        shares = self.video_rescale, self.audio_rescale
+        return shares if any(shares) else None
+
+
+def _within(window: Sequence[Real], scales: Scale, term: Term) -> Scale:
+    """Scales that are off outside of a window of noise levels."""
+    low, high = window
+    if (low, high) == ALWAYS:
+        return scales
+
+    def one(scale: guidance.Scale) -> guidance.Scale:
+        if not callable(scale):
+            return guidance.Window(scale, low, high, term.neutral)
+        return lambda sigma: scale(sigma) if low <= sigma <= high else term.neutral
+
+    video, audio = scales
+    return one(video), one(audio)
 
 
 DEFAULT = Scales()
@@ -216,7 +281,14 @@ def _first(
     branches: Mode = "sweep",
 ) -> Stage:
     used = tuple((adapters or {}).items())
-    stage = Stage(name, solver, sigmas, adapters=used, branches=branches)
+    stage = Stage(
+        name,
+        solver,
+        sigmas,
+        adapters=used,
+        branches=branches,
+        rescale=scales.rescale(),
+    )
     return _with_terms(stage, scales.pairs())
 
 

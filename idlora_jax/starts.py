@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
-from idlora_jax import geometry, streams
+from idlora_jax import geometry, keys, streams
+from idlora_jax.keys import Keys
 from idlora_jax.types import AV, Layout, Numerics, Stream, VideoGrid, each
 
 LARGER = 2
@@ -30,9 +30,13 @@ class Request(NamedTuple):
     Attributes:
         prompts: `Prompt`s after the connectors: positive, then negative (which only
             text guidance reads).
-        reference: audio latents [B Tr M C] of the voice to take; None: no reference.
-        first_frame: video latent [B 1 H W C] to start from, or one per stage, encoded
-            at its size; None: free.
+        reference: audio latents [B Tr M C] of the voice to take, or a tuple of several,
+            each in its own stretch of negative time, the first nearest to zero; None:
+            no reference.
+        first_frame: video latents [B f H W C] the clip begins with, one of a picture or
+            several of the end of another clip; or a tuple, one per stage, encoded at
+            its size; None: free.
+        first_audio: audio latents [B t M C] the clip begins with; None: free.
         noise: `AV` of standard normal [B T C] in the streams' order (targets, then
             reference rows, which are not used), or one per stage; None: drawn from
             the key.
@@ -42,6 +46,7 @@ class Request(NamedTuple):
     reference: Any = None
     first_frame: Any = None
     noise: Any = None
+    first_audio: Any = None
 
 
 def of_stage(request: Request, stage: int) -> Request:
@@ -82,6 +87,8 @@ def clip(
     height: geometry.Real,
     width: geometry.Real,
     fps: geometry.Real = 25.0,
+    *,
+    pre_roll: geometry.Real = 0.0,
 ) -> Layout:
     """A video and the sound of its length.
 
@@ -90,12 +97,15 @@ def clip(
         height: pixels, a multiple of 32.
         width: pixels, a multiple of 32.
         fps: frames per second.
+        pre_roll: seconds of sound that are made before the video begins, and cut off
+            after decoding; voices glitch most in their first half second.
 
     Raises:
         ValueError: naming the nearest valid value.
     """
     video = geometry.video_grid(frames, height, width, fps)
-    return Layout(video, geometry.audio_grid(video.frames, video.fps))
+    audio = geometry.audio_grid(video.frames, video.fps, pre_roll=pre_roll)
+    return Layout(video, audio)
 
 
 def larger(layout: Layout) -> Layout:
@@ -134,34 +144,72 @@ def start(request: Request, layout: Layout, *, numerics: Numerics = "exact") -> 
     video, audio = each(target, AV(layout.video, layout.audio))
     if request.first_frame is not None:
         video = _with_first_frame(video, request.first_frame, layout)
+    if request.first_audio is not None:
+        audio = _with_first_audio(audio, request.first_audio, layout)
     if request.reference is not None:
-        audio = _with_reference(audio, request.reference, numerics)
+        audio = _with_references(audio, references(request), layout, numerics)
     return AV(video, audio)
+
+
+def references(request: Request) -> tuple[Any, ...]:
+    """The reference's segments, the one nearest to zero first; () without any."""
+    found = request.reference
+    if found is None:
+        return ()
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _with_first_frame(s: Stream | None, frame: Array, layout: Layout) -> Stream:
     if s is None or layout.video is None:
         raise ValueError("start: a first frame was given, but the layout has no video")
-    want = (1, *geometry.latent_shape(layout.video)[1:], s.x.shape[-1])
-    if frame.shape[1:] != want:
+    frames, *sides = geometry.latent_shape(layout.video)
+    want = (*sides, s.x.shape[-1])
+    if frame.shape[2:] != want or not 1 <= frame.shape[1] <= frames:
         raise ValueError(
-            f"start: first_frame has shape {[*frame.shape]}, expected [B, "
-            f"{', '.join(map(str, want))}]; encode the image at the clip's size"
+            f"start: first_frame has shape {[*frame.shape]}, expected [B, 1 to "
+            f"{frames}, {', '.join(map(str, want))}]; encode it at the clip's size"
         )
     return streams.fix_first_frame(s, geometry.patchify(frame))
 
 
-def _with_reference(s: Stream | None, ref: Array, numerics: Numerics) -> Stream:
-    if s is None:
+def _with_first_audio(s: Stream | None, sound: Array, layout: Layout) -> Stream:
+    if s is None or layout.audio is None:
+        raise ValueError("start: first_audio was given, but the layout has no audio")
+    if layout.audio.before or sound.shape[1] > layout.audio.frames:
+        raise ValueError(
+            f"start: first_audio has {sound.shape[1]} latents, the clip "
+            f"{layout.audio.frames}, {layout.audio.before} of them before time 0; "
+            "expected no more than the clip has, and no pre-roll"
+        )
+    return streams.fix_first_frame(s, geometry.patchify_audio(sound))
+
+
+def _with_references(
+    s: Stream | None, segments: tuple[Any, ...], layout: Layout, numerics: Numerics
+) -> Stream:
+    if s is None or layout.audio is None:
         raise ValueError("start: a reference was given, but the layout has no audio")
-    pos = geometry.reference_positions(ref.shape[1], numerics=numerics)
-    return streams.add_reference(s, geometry.patchify_audio(ref), jnp.asarray(pos))
+    counts = [segment.shape[1] for segment in segments]
+    begin = -layout.audio.before / geometry.AUDIO_LATENTS_PER_S
+    ends = geometry.reference_ends(counts, end_s=begin)
+    for segment, end in zip(segments, ends, strict=True):
+        pos = geometry.reference_positions(
+            segment.shape[1], end_s=end, numerics=numerics
+        )
+        tokens = geometry.patchify_audio(segment)
+        s = streams.add_reference(s, tokens, jnp.asarray(pos))
+    return s
 
 
-def draw_noise(key: PRNGKeyArray, s: AV) -> AV:
-    """Standard normal noise [B T C] for every token, fixed ones included."""
-    keys = AV(*jax.random.split(key))
-    return each(lambda s, k: jax.random.normal(k, s.x.shape, jnp.float32), s, keys)
+def draw_noise(key: Keys, s: AV) -> AV:
+    """Standard normal noise [B T C] for every token, fixed ones included.
+
+    Args:
+        key: one for all samples, or one for each.
+        s: `AV[Stream]`.
+    """
+    pair = AV(*keys.split(key, 2))
+    return each(lambda s, k: keys.normal(k, s.x.shape), s, pair)
 
 
 def add_noise(s: AV, noise: AV, sigma: float | np.floating | Array) -> AV:

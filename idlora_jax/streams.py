@@ -58,15 +58,15 @@ def fix_first_frame(
     frame: Float[Array, "B HW C"],
     where: Bool[Array, " B"] | None = None,
 ) -> Stream:
-    """Give the tokens of the first latent frame.
+    """Give the first tokens: those of the first latent frame, or of several.
 
     Args:
-        s: a video stream.
-        frame: tokens of one latent frame.
+        s: a stream without reference.
+        frame: the tokens.
         where: samples to do it for (default: all).
 
     Raises:
-        ValueError: if the frame has more tokens than the stream.
+        ValueError: if there are more than the stream has.
     """
     count, total = frame.shape[1], s.x.shape[1]
     if count > total:

@@ -140,9 +140,15 @@ class VideoGrid:
 
 @dataclass(frozen=True)
 class AudioGrid:
-    """Number of audio latent frames (25 per second)."""
+    """Number of audio latent frames (25 per second).
+
+    Attributes:
+        frames: all of them.
+        before: how many of them lie before time 0; they are made and cut off again.
+    """
 
     frames: int
+    before: int = 0
 
 
 @dataclass(frozen=True)

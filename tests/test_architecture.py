@@ -13,14 +13,15 @@ LIBRARY = ROOT / "idlora_jax"
 
 LEVELS = (
     "__init__ types config config_codecs config_text config_upsampler config_video_vae "
-    "config_vocoder files images mel sound voices sheets media experiment sample_config "
-    "commandline presets tagged",
-    "geometry schedules quantized adapters guidance solvers losses parallel",
+    "config_vocoder files images mel sound voices sheets media experiment "
+    "sample_config commandline presets tagged",
+    "geometry joining schedules quantized adapters guidance solvers losses parallel keys "
+    "liveness",
     "streams",
     "denoise strategies model.*",
     "training loop weights.* checkpoints",
-    "prompts prompt_cache plans codecs starts pipeline continuation previews memory "
-    "trajectories jobs batches outputs sampling fitting data.*",
+    "prompts prompt_cache plans codecs starts pipeline continuation previews outlines "
+    "memory trajectories jobs finished batches outputs sampling sessions fitting data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""
@@ -162,6 +163,7 @@ def test_the_library_imports_neither_torch_nor_tensorflow():
         "media",
         "experiment",
         "presets",
+        "voices",
     ],
 )
 def test_configuration_and_media_need_no_jax(name):

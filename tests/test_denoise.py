@@ -159,7 +159,7 @@ def test_sample_equals_iterate_and_yields_once_a_step(name: str):
     weights = guidance.weights(TERMS, SCALES, 3)
     args = denoiser(), SOLVERS[name], schedules.ltx2(3), pair(), jax.random.key(1)
     done = denoise.sample(*args, weights=weights)
-    states = list(denoise.iterate(*args, weights=weights))
+    states = [s for s, _ in denoise.iterate(*args, weights=weights)]
     assert len(states) == 3
     close(states[-1], done, 1e-5)
 
@@ -179,7 +179,7 @@ def test_weights_may_change_from_step_to_step():
     weights[1:] = 0
     sigmas = schedules.ltx2(3)
     args = denoiser(terms), solvers.euler(), sigmas, pair()
-    first = next(denoise.iterate(*args, weights=weights))
+    first, _ = next(denoise.iterate(*args, weights=weights))
     rest = denoise.sample(denoiser(()), solvers.euler(), sigmas[1:], first)
     close(denoise.sample(*args, weights=weights), rest, 1e-5)
 

@@ -165,3 +165,16 @@ def test_a_clip_takes_the_aspect_of_its_picture(picture, size):
     assert geometry.size_like(*picture) == size
     with pytest.raises(ValueError, match="above 0"):
         geometry.size_like(0, picture[1])
+
+
+def test_references_lie_apart_by_the_gap():
+    counts = [3, 2, 4]
+    ends = geometry.reference_ends(counts, end_s=-0.2)
+    spans = [
+        geometry.reference_positions(n, end_s=end)[0, 0]
+        for n, end in zip(counts, ends, strict=True)
+    ]
+    edges = [-0.2, *(float(s[0, 0]) for s in spans)]
+    for span, edge in zip(spans, edges, strict=False):
+        np.testing.assert_allclose(span[-1, 1], edge - 0.04, atol=1e-6)
+    assert geometry.reference_ends([5]) == [0.0]

@@ -182,3 +182,30 @@ def test_a_projection_may_be_for_one_modality():
     np.testing.assert_array_equal(found["video"].video, found["both"].video)
     np.testing.assert_array_equal(found["video"].audio, found["none"].audio)
     assert not np.allclose(found["both"].audio, found["none"].audio)
+
+
+def test_schedules_are_read_at_each_steps_noise_level():
+    sigmas = [0.9, 0.5, 0.1]
+    scales = {
+        "text": (guidance.Window(3.0, 0.2, 0.6, outside=1.0), lambda sigma: 10 * sigma)
+    }
+    table = guidance.weights((guidance.text_cfg(),), scales, sigmas)
+    want = [[[0, 8]], [[2, 4]], [[0, 0]]]
+    np.testing.assert_allclose(table, want, atol=1e-6)
+    assert isinstance(table, np.ndarray) and table.dtype == np.float32
+
+
+def test_a_schedule_needs_noise_levels():
+    scales = {"text": (guidance.Window(3.0), 7.0)}
+    with pytest.raises(ValueError, match="give the noise level each step starts from"):
+        guidance.weights((guidance.text_cfg(),), scales, 3)
+
+
+def test_a_traced_scale_gives_a_traced_table():
+    def table(scale: jax.Array) -> jax.Array:
+        scales = {"identity": (0.0, scale), "text": (guidance.Window(scale, 0.5), 1.0)}
+        return guidance.weights(ALL[:2], scales, [1.0, 0.1])
+
+    want = [[[2, 0], [0, 3]], [[-1, 0], [0, 3]]]
+    np.testing.assert_array_equal(jax.jit(table)(3.0), want)
+    np.testing.assert_array_equal(jax.jacobian(table)(3.0)[:, 1, 1], [1, 1])

@@ -139,10 +139,16 @@ def test_noise_of_reference_rows_is_not_used(usual: AV):
     assert same(sample(only(**FULL), ask()._replace(noise=noise)), usual)
 
 
-def test_progress_reports_every_step_and_changes_nothing(usual: AV):
-    seen: list[tuple[int, int]] = []
-    got = sample(only(**FULL), progress=lambda *at: seen.append(at))
-    assert seen == [(1, STEPS), (2, STEPS)]
+def test_a_watcher_sees_every_step_and_changes_nothing(usual: AV):
+    seen: list[pipeline.Seen] = []
+    got = sample(only(**FULL), watch=seen.append)
+    assert [(s.stage, s.step, s.steps) for s in seen] == [
+        ("one_stage", 1, STEPS),
+        ("one_stage", 2, STEPS),
+    ]
+    assert seen[-1].sigma == 0 and same(seen[-1].latents, got)
+    # The last Euler step goes all the way to its prediction.
+    close(seen[-1].x0, got)
     close(got, usual)
 
 
@@ -160,7 +166,7 @@ def guided(mode: denoise.Mode, **changes: Any) -> AV:
         clean, pipeline.draw_noise(jax.random.key(1), clean), 0.7
     )
     d = pipeline.denoiser(stage, CFG, variables, clean, ask().prompts, LAYOUT)
-    weights = jnp.asarray(stage.weights(1)[0])
+    weights = jnp.asarray(stage.weights(np.array([0.7, 0.0]))[0])
     return guided_step(d, noisy, weights)
 
 
@@ -273,7 +279,7 @@ def test_a_layer_outside_of_the_model_is_refused():
 
 def test_a_first_frame_of_another_size_is_refused():
     request = ask()._replace(first_frame=draw(0, 1, 1, 1, 2, 128))
-    with pytest.raises(ValueError, match="encode the image at the clip's size"):
+    with pytest.raises(ValueError, match="encode it at the clip's size"):
         pipeline.start(request, LAYOUT)
 
 
@@ -293,7 +299,7 @@ def test_a_clip_checks_its_size():
 def test_run_decodes_what_the_stage_sampled(monkeypatch: Any, usual: AV):
     given: dict[str, Any] = {}
 
-    def decode(nets: Any, params: Any, latents: AV) -> tuple[str, str]:
+    def decode(nets: Any, params: Any, latents: AV, before: int) -> tuple[str, str]:
         given.update(nets=nets, params=params, latents=latents)
         return "video", "wave"
 
@@ -318,3 +324,48 @@ def test_a_stage_gets_latents_exactly_if_it_refines(usual: AV):
 def test_enlarging_needs_an_upsampler(usual: AV):
     with pytest.raises(ValueError, match=r"no latent upsampler.*upsampler_path"):
         pipeline.enlarge(None, {}, usual)
+
+
+def two(seeds: tuple[int, int] = (0, 5)) -> Request:
+    """Two requests as one."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *map(ask, seeds))
+
+
+@pytest.mark.parametrize("solver", ["euler", "res2s"])
+def test_with_a_key_per_sample_company_changes_nothing(solver: str):
+    stage = dataclasses.replace(only(**TEXT_ONLY), solver=solver)
+    variables = pipeline.with_adapters(small.base("2.0"), {"id": lora()}, stage)
+    keys = jax.vmap(jax.random.key)(jnp.array([3, 4]))
+
+    def run(request: Request, key: Any) -> AV:
+        args = (stage, CFG, variables, request, key)
+        return pipeline.sample(*args, layout=LAYOUT)
+
+    both = run(two(), keys)
+    for n, seed in enumerate((0, 5)):
+        alone = run(ask(seed), keys[n : n + 1])
+        close(each(lambda x, n=n: x[n : n + 1], both), alone)
+        close(alone, run(ask(seed), keys[n]))
+    with pytest.raises(ValueError, match="2 for 1 samples; give one for each"):
+        run(ask(), keys)
+
+
+def test_scales_may_be_mapped_over(usual: AV):
+    def run(scale: Any) -> AV:
+        return sample(only(**FULL | {"identity": scale}))
+
+    found = jax.vmap(run)(jnp.array([3.0, 1.0]))
+    close(each(lambda x: x[0], found), usual)
+    close(each(lambda x: x[1], found), run(1.0))
+
+
+def test_gradients_reach_the_reference_and_remat_changes_nothing():
+    request = ask()
+
+    def loss(reference: Any, remat: bool) -> Any:
+        asked = request._replace(reference=reference)
+        return jnp.sum(sample(only(**TEXT_ONLY), asked, remat=remat).audio ** 2)
+
+    plain, again = (jax.grad(loss)(request.reference, on) for on in (False, True))
+    assert np.isfinite(plain).all() and np.abs(plain).max() > 0
+    np.testing.assert_allclose(again, plain, rtol=1e-4, atol=1e-5)

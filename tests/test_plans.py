@@ -9,6 +9,7 @@ import pytest
 
 from idlora_jax import guidance, plans, schedules
 from idlora_jax.plans import Plan, Sigmas, Stage
+from idlora_jax.sample_config import Guidance
 from idlora_jax.types import AudioGrid, Layout, Skip, VideoGrid
 
 LAYOUT = Layout(VideoGrid(17, 64, 96, 25.0), AudioGrid(17))
@@ -28,7 +29,8 @@ def test_one_stage_has_the_published_weights():
     s = stage()
     assert names(s) == ["text", "identity", "stg", "bimodal"]
     want = [(2, 6), (0, 3), (1, 1), (2, 2)]
-    np.testing.assert_array_equal(s.weights(30), np.broadcast_to(want, (30, 4, 2)))
+    table = s.weights(np.linspace(1, 0, 31))
+    np.testing.assert_array_equal(table, np.broadcast_to(want, (30, 4, 2)))
 
 
 def test_one_stage_takes_thirty_euler_steps_of_the_default_schedule():
@@ -62,7 +64,7 @@ def test_text_guidance_is_absent_only_if_off_for_both_modalities():
 def test_with_everything_off_one_pass_is_left():
     s = stage(**OFF)
     assert s.terms == ()
-    assert s.weights(4).shape == (4, 0, 2)
+    assert s.weights(np.linspace(1, 0, 5)).shape == (4, 0, 2)
     assert len(guidance.branches(s.terms, 48)) == 1
 
 
@@ -149,3 +151,38 @@ def test_a_plan_needs_a_first_stage_that_starts_from_noise():
             Plan(stages)
     with pytest.raises(TypeError, match="audio_cgf"):
         plans.one_stage(audio_cgf=2)
+
+
+def test_a_window_switches_a_term_off_outside_of_it():
+    s = stage(identity_window=(0.25, 0.8), text_window=(0.0, 0.5))
+    table = s.weights(np.array([1.0, 0.8, 0.5, 0.2, 0.0]))
+    np.testing.assert_array_equal(table[:, 1, 1], [0, 3, 3, 0])
+    np.testing.assert_array_equal(table[:, 0], [[0, 0], [0, 0], [2, 6], [2, 6]])
+    np.testing.assert_array_equal(table[:, 2:], stage().weights(np.ones(5))[:, 2:])
+    assert s.terms == stage().terms
+
+
+def test_any_function_of_the_noise_level_may_be_a_scale():
+    s = stage(identity=lambda sigma: 4 * sigma, identity_window=(0.3, 1.0))
+    table = s.weights(np.array([1.0, 0.5, 0.25, 0.0]))
+    np.testing.assert_array_equal(table[:, 1], [[0, 4], [0, 2], [0, 0]])
+
+
+def test_a_window_of_a_term_that_is_off_leaves_it_off():
+    assert names(stage(identity=0, identity_window=(0.2, 0.4))) == names(
+        stage(identity=0)
+    )
+
+
+def test_text_guidance_may_be_projected_and_rescaled():
+    s = stage(apg=True, apg_eta=0.5, apg_norm=8, apg_momentum=-0.5, audio_rescale=0.7)
+    text = s.terms[0]
+    assert text.project == guidance.Apg(0.5, 8) and text.momentum == -0.5
+    assert s.rescale == (0.0, 0.7) and stage().rescale is None
+    assert stage(apg=True).terms[0].project == guidance.Apg(1.0, None)
+
+
+def test_the_configurations_guidance_is_that_of_the_plans():
+    ours = {f.name: f.default for f in dataclasses.fields(plans.Scales)}
+    theirs = {f.name: f.default for f in dataclasses.fields(Guidance)}
+    assert ours == theirs

@@ -184,7 +184,7 @@ def sampled(
     noisy = pipeline.add_noise(clean, asked.noise, sigmas[0])
     args = (stage, cfg, {"params": base}, clean, asked.prompts, layout)
     denoiser = pipeline.denoiser(*args, numerics=numerics)
-    solver, weights = plans.SOLVERS[stage.solver](), stage.weights(len(sigmas) - 1)
+    solver, weights = plans.SOLVERS[stage.solver](), stage.weights(sigmas)
     done, seen = denoise.sample(
         denoiser, solver, sigmas, noisy, draws, weights=weights, record=True
     )
