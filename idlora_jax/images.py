@@ -1,4 +1,4 @@
-"""Pictures as arrays: resize, crop, and contact sheets.
+"""Pictures as arrays: resize and crop.
 
 Two resizers, because training and sampling prepare pictures differently:
 
@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 Fit = Literal["crop", "stretch"]
 
@@ -133,52 +133,3 @@ def resize_crop(
         frames = np.stack([np.asarray(picture) for picture in resized])
     cropped = _centre(frames, height, width)
     return np.ascontiguousarray(cropped.reshape(*image.shape[:-3], height, width, 3))
-
-
-def _text_row(text: str, width: int, size: int) -> UInt8[np.ndarray, "H W 3"]:
-    row = Image.new("RGB", (width, size + size // 2), (24, 24, 24))
-    font = ImageFont.load_default(size)
-    ImageDraw.Draw(row).text((size // 3, size // 6), text, (235, 235, 235), font)
-    return np.asarray(row)
-
-
-def _pad_width(image: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)))
-
-
-def contact_sheet(
-    rows: Sequence[UInt8[np.ndarray, "_F _H _W 3"]],
-    labels: Sequence[str],
-    *,
-    gap: int = 4,
-    scale: int = 1,
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Lay clips out as rows of frames, each under its label.
-
-    Args:
-        rows: one clip a row; lengths and sizes may differ.
-        labels: one line of text a row.
-        gap: black pixels between frames and rows.
-        scale: enlarge frames by this whole factor (nearest pixel).
-
-    Raises:
-        ValueError: without rows, or with another number of labels.
-    """
-    if not rows or len(rows) != len(labels):
-        raise ValueError(
-            f"contact_sheet: got {len(rows)} rows and {len(labels)} labels, expected "
-            "at least one row and one label a row"
-        )
-    edge = ((0, 0), (0, gap), (0, gap), (0, 0))
-    strips = []
-    for clip in rows:
-        large = clip.repeat(scale, axis=1).repeat(scale, axis=2)
-        strips.append(np.concatenate(list(np.pad(large, edge)), axis=1))
-    size = max(12, min(s.shape[0] for s in strips) // 6)
-    font = ImageFont.load_default(size)
-    widest = max(int(font.getlength(label)) + size for label in labels)
-    width = max(widest, *(s.shape[1] for s in strips))
-    parts = []
-    for strip, label in zip(strips, labels, strict=True):
-        parts += [_text_row(label, width, size), _pad_width(strip, width)]
-    return np.concatenate(parts)

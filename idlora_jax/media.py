@@ -4,6 +4,7 @@
     file --read_image--> u8 [H W 3] --fit_image--> f32 [H W 3] in [-1, 1]
     file --read_video--> u8 [F H W 3] --resize_crop--> u8 [F H W 3]
     frames u8 [F H W 3], wave f32 [2 N] --write_video--> H.264 + AAC mp4
+    frames u8 [F H W 3], wave f32 [2 N] --timeline--> u8 [H W 3] --write_png--> png
 
 Arrays are numpy, channels last, stereo first in waves. Everything that writes does so
 under a temporary name in the same folder and replaces the file when it is complete.
@@ -26,8 +27,9 @@ from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from idlora_jax.files import PathLike, existing, opened, problem, replacing
-from idlora_jax.images import contact_sheet, fit_image, resize_crop
+from idlora_jax.images import fit_image, resize_crop
 from idlora_jax.mel import log_mel, resample
+from idlora_jax.sheets import contact_sheet, timeline
 from idlora_jax.sound import read_audio, write_wav
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "replacing",
     "resample",
     "resize_crop",
+    "timeline",
     "write_png",
     "write_video",
     "write_wav",
@@ -52,6 +55,9 @@ TAGS = frozenset(
     "keywords".split()
 )
 """Metadata names that an mp4 keeps."""
+
+AAC_BITS = 192_000
+"""Bits of sound a second; the format allows fewer below 16 kHz."""
 
 _VIDEO = "a video file (mp4, mov, mkv, webm, ...)"
 _PICTURE = "a picture (png, jpg, webp, ...) or a video file"
@@ -259,10 +265,12 @@ def write_video(
     metadata: Mapping[str, str] | None = None,
     crf: int = 17,
 ) -> None:
-    """Write an mp4: H.264 (yuv420p, BT.709, limited range) and AAC.
+    """Write an mp4: H.264 (yuv420p, BT.709, limited range) and AAC at 192 kbit/s.
 
-    The sound is cut, or padded with silence, to the length of the pictures. One encoder
-    thread, so that the same frames give the same bytes on any number of cores.
+    The sound is cut, or padded with silence, to the length of the pictures, and starts
+    with them: the codec's delay is hidden by an edit list. AAC comes in blocks of 1024
+    samples; what the last one has too many lies behind the end that the file states.
+    One encoder thread: the same frames give the same bytes on any number of cores.
 
     Args:
         path: the file to write; folders are made.
@@ -271,7 +279,8 @@ def write_video(
         rate: its samples per second (one that AAC has: 16000, 24000, 48000, ...).
         fps: frames per second.
         metadata: container tags by name, see `TAGS`; "comment" takes any text.
-        crf: x264's constant rate factor; 0 best, 17 hardly visible loss, 51 worst.
+        crf: x264's constant rate factor; 17 hardly visible loss, 51 worst, 0 lossless
+            (which few players show).
 
     Raises:
         ValueError: for odd sides, no frames, NaN, an unknown tag or an unusable rate.
@@ -280,7 +289,8 @@ def write_video(
     tags = dict(metadata or {})
     _check_output(path, frames, wave, rate, tags)
     exact_fps = Fraction(fps).limit_denominator(1001)
-    options = {"movflags": "+faststart"}
+    # A sound's end is stored on the movie's clock: by default to the millisecond.
+    options = {"movflags": "+faststart", "movie_timescale": str(rate)}
     with (
         replacing(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options=options) as output,
@@ -296,6 +306,7 @@ def write_video(
         audio = None
         if wave is not None:
             audio = output.add_stream("aac", rate=rate, layout="stereo")
+            audio.codec_context.bit_rate = AAC_BITS
         _encode_frames(output, video, frames, exact_fps)
         if wave is not None:
             length = round(len(frames) / exact_fps * rate)

@@ -105,20 +105,6 @@ def test_wrong_arguments_say_what_was_expected():
         images.resize_crop(np.zeros((0, 4, 3), np.uint8), 4, 4)
 
 
-def test_a_contact_sheet_holds_every_frame_under_its_label():
-    red = np.full((3, 16, 16, 3), (255, 0, 0), np.uint8)
-    blue = np.full((5, 24, 16, 3), (0, 0, 255), np.uint8)
-    sheet = images.contact_sheet([red, blue], ["red", "blue"], gap=2)
-    assert sheet.dtype == np.uint8
-    assert np.all(sheet == (255, 0, 0), axis=-1).sum() == red[..., 0].size
-    assert np.all(sheet == (0, 0, 255), axis=-1).sum() == blue[..., 0].size
-    assert (sheet > 200).all(axis=-1).any()  # letters
-    large = images.contact_sheet([red], ["red"], scale=2)
-    assert np.all(large == (255, 0, 0), axis=-1).sum() == 4 * red[..., 0].size
-    with pytest.raises(ValueError, match="got 1 rows and 2 labels"):
-        images.contact_sheet([red], ["a", "b"])
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("source", "size"),

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
 import pathlib
-import sys
-import wave as wave_file
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import sample_files
+from sample_files import CONFIG, arguments, config, run
 
 from idlora_jax import (
     adapters,
     checkpoints,
     commandline,
     guidance,
+    jobs,
     media,
+    pipeline,
     sampling,
+    trajectories,
 )
 from idlora_jax.checkpoints import AdapterMeta
 from idlora_jax.config_upsampler import upsampler_config
-from idlora_jax.data import synthetic
 from idlora_jax.model import upsampler
 from idlora_jax.pipeline import Media
 from idlora_jax.sample_config import Guidance, SampleConfig
@@ -32,48 +32,12 @@ from idlora_jax.types import AV
 from idlora_jax.weights import io
 from idlora_jax.weights.upsampler_files import save_upsampler
 
-ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = ROOT / "configs/tiny_sample.py"
 RATE = 24000
-
-
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("sample_script", ROOT / "sample.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def files(tiny_model, tmp_path_factory):
-    """Paths of a whole set of good inputs."""
-    folder = tmp_path_factory.mktemp("inputs")
-    base, text_encoder = tiny_model
-    opened = io.open_base(base)
-    shapes = io.shapes(opened, "transformer")
-    lora = adapters.init(jax.random.key(0), shapes, 2)
-    lora = jax.tree.map(lambda a: np.full(a.shape, 0.01, np.float32), lora)
-    meta = AdapterMeta(generation="2.0", base_hash=opened.base_hash, rank=2, alpha=2.0)
-    checkpoints.save_adapter(folder / "lora.safetensors", lora, meta)
-    clip = synthetic.clip(0, 0, 0)
-    media.write_wav(folder / "ref.wav", clip.wave, clip.rate)
-    media.write_png(folder / "face.png", clip.frames[0])
-    return {
-        "base": base,
-        "text_encoder": text_encoder,
-        "lora": folder / "lora.safetensors",
-        "reference_audio": folder / "ref.wav",
-        "first_frame": folder / "face.png",
-    }
-
-
-def config(files: dict[str, pathlib.Path], output: pathlib.Path, **changes: Any):
-    given = files | {"lora": (files["lora"],), "output_dir": output}
-    options = {"frames": 9, "height": 64, "width": 32, "steps": 2, "dtype": "float32"}
-    options["guidance"] = Guidance(stg_layer=3)
-    options["prompt"] = "a person"
-    return SampleConfig(**(given | options | changes))
+    return sample_files.written(tiny_model, tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture
@@ -96,15 +60,15 @@ def noise(samples: int) -> np.ndarray:
 def test_good_inputs_pass_the_check_without_weights(no_weights, files, tmp_path):
     job, inputs = sampling.check(config(files, tmp_path / "out"))
     assert job.nets.transformer.layers == 4
-    assert inputs.wave.shape[0] == 2 and inputs.image.shape == (64, 64, 3)
+    assert inputs.waves[0].shape[0] == 2 and inputs.image.shape == (64, 64, 3)
     assert [*inputs.adapters] == [*job.adapters]
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_reference_picture_and_adapter_may_all_be_left_out(files, tmp_path):
-    nothing = {"lora": (), "reference_audio": None, "first_frame": None}
+    nothing = {"lora": (), "reference_audio": (), "first_frame": None}
     job, inputs = sampling.check(config(files, tmp_path, **nothing))
-    assert (inputs.wave, inputs.image, inputs.adapters) == (None, None, {})
+    assert (inputs.waves, inputs.image, inputs.adapters) == ((), None, {})
     assert job.hashes == {}
 
 
@@ -114,7 +78,7 @@ def test_the_plan_has_the_configurations_scales_and_strengths(files, tmp_path):
     (stage,) = sampling.plan_of(c).stages
     assert [t.name for t in stage.terms] == ["text", "identity"]
     want = [[[0, 4], [0, 2]]]
-    np.testing.assert_array_equal(stage.weights(1), want)
+    np.testing.assert_array_equal(stage.weights(np.array([1.0, 0.0])), want)
     assert [strength for _, strength in stage.adapters] == [0.5]
 
 
@@ -126,23 +90,23 @@ def test_one_file_may_be_used_twice(files, tmp_path):
 
 WRONG = {
     "no reference": (
-        lambda f, p: {"reference_audio": p / "none.wav"},
+        lambda f, p: {"reference_audio": (p / "none.wav",)},
         r"none.wav: got no such file, expected a sound or video file",
     ),
     "silent reference": (
-        lambda f, p: {"reference_audio": sound(p / "s.wav", np.zeros((2, 9000)))},
+        lambda f, p: {"reference_audio": (sound(p / "s.wav", np.zeros((2, 9000))),)},
         r"s.wav: got silent audio .* choose another recording",
     ),
     "empty reference": (
-        lambda f, p: {"reference_audio": sound(p / "e.wav", np.zeros((2, 0)))},
+        lambda f, p: {"reference_audio": (sound(p / "e.wav", np.zeros((2, 0))),)},
         r"e.wav: got empty audio",
     ),
     "short reference": (
-        lambda f, p: {"reference_audio": sound(p / "t.wav", noise(500))},
+        lambda f, p: {"reference_audio": (sound(p / "t.wav", noise(500)),)},
         r"log_mel: got 334 samples .* give a longer recording",
     ),
     "picture as reference": (
-        lambda f, p: {"reference_audio": f["first_frame"]},
+        lambda f, p: {"reference_audio": (f["first_frame"],)},
         r"face.png: got no audio stream",
     ),
     "no first frame": (
@@ -150,7 +114,7 @@ WRONG = {
         r"none.png: got no such file, expected a picture",
     ),
     "sound as first frame": (
-        lambda f, p: {"first_frame": f["reference_audio"]},
+        lambda f, p: {"first_frame": f["reference_audio"][0]},
         r"ref.wav: got no video stream",
     ),
     "no adapter": (
@@ -203,8 +167,11 @@ def test_an_adapter_s_part_for_the_text_connector_changes_the_prompts(files, tmp
     (text,) = inputs.text
     half = adapters.scale(part, 0.5)
     jax.tree.map(np.testing.assert_array_equal, text, half)
-    plain, changed = (sampling._texts(given, parts) for parts in ((), inputs.text))
-    assert not np.allclose(plain[0].video, changed[0].video, rtol=1e-2)
+    nets = sampling.check(given)[0].nets
+    plain, changed = (
+        sampling.texts([given], nets, parts)["a person"] for parts in ((), inputs.text)
+    )
+    assert not np.allclose(plain.video, changed.video, rtol=1e-2)
 
 
 @pytest.mark.parametrize("fault", ["width", "keys", "generation"])
@@ -250,13 +217,6 @@ RANGES = {
 }
 
 
-def run(monkeypatch: Any, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        commandline.guarded(script().main)
-    return end.value.code
-
-
 @pytest.mark.parametrize("options", RANGES)
 def test_wrong_usage_ends_with_status_2_and_one_line(options, monkeypatch, capsys):
     assert run(monkeypatch, "--config", str(CONFIG), *options.split()) == 2
@@ -265,28 +225,11 @@ def test_wrong_usage_ends_with_status_2_and_one_line(options, monkeypatch, capsy
     assert error.count("\n") == 1
 
 
-def arguments(c: SampleConfig) -> list[str]:
-    given = {
-        "base": c.base,
-        "text-encoder": c.text_encoder,
-        "lora": c.lora[0],
-        "reference-audio": c.reference_audio,
-        "first-frame": c.first_frame,
-        "prompt": c.prompt,
-        "output-dir": c.output_dir,
-        "frames": c.frames,
-        "height": c.height,
-        "width": c.width,
-        "steps": c.steps,
-    }
-    return [part for k, v in given.items() for part in (f"--{k}", str(v))]
-
-
 def test_a_failure_ends_with_status_1_and_one_line(
     monkeypatch, capsys, files, tmp_path
 ):
-    c = config(files, tmp_path, reference_audio=tmp_path / "none.wav")
-    status = run(monkeypatch, "--config", str(CONFIG), *arguments(c), "--no-progress")
+    c = config(files, tmp_path, reference_audio=(tmp_path / "none.wav",))
+    status = run(monkeypatch, *arguments(c), "--no-progress")
     assert status == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -296,46 +239,6 @@ def result(frames: int = 9, samples: int = 8000) -> Media:
     rng = np.random.default_rng(0)
     video = rng.integers(0, 256, (1, frames, 64, 32, 3), dtype=np.uint8)
     return Media(video, noise(samples).astype(np.float32)[None], AV(None, None))
-
-
-def test_a_sample_is_written_with_all_it_was_made_from(files, tmp_path):
-    job, _ = sampling.check(config(files, tmp_path, lora_strength=(0.5,)))
-    video, sound, sidecar = sampling.write(job, result(), {"sample": 1.0})
-    assert sorted(tmp_path.iterdir()) == sorted([video, sound, sidecar])
-    entry = json.loads(sidecar.read_text())
-    assert entry["synthetic"] is True
-    assert entry["model"]["hash"] == io.open_base(files["base"]).base_hash
-    hashes = {k: checkpoints.file_hash(files[k]) for k in entry["inputs"]}
-    assert entry["inputs"] == {k: hashes[k] for k in ("reference_audio", "first_frame")}
-    (adapter,) = entry["adapters"]
-    tensors, _ = checkpoints.read_tensors(files["lora"])
-    recorded = checkpoints.tensors_hash(tensors)
-    assert (adapter["content_hash"], adapter["strength"]) == (recorded, [0.5])
-    assert set(entry["settings"]) == {f.name for f in dataclasses.fields(SampleConfig)}
-    assert (entry["video"]["seconds"], entry["audio"]["seconds"]) == (0.36, 8000 / 24e3)
-    with wave_file.open(str(sound)) as file:
-        assert (file.getframerate(), file.getnframes()) == (24000, 8000)
-
-
-def test_the_film_itself_says_that_it_is_synthetic(files, tmp_path):
-    job, _ = sampling.check(config(files, tmp_path))
-    video, _, sidecar = sampling.write(job, result(), {})
-    comment = json.loads(media.probe(video).metadata["comment"])
-    entry = json.loads(sidecar.read_text())
-    assert comment["synthetic"] is True
-    assert comment["model"] == entry["model"]
-
-
-def test_a_failing_write_leaves_nothing_behind(files, tmp_path, monkeypatch):
-    job, _ = sampling.check(config(files, tmp_path))
-
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(media, "write_wav", full)
-    with pytest.raises(OSError, match="No space"):
-        sampling.write(job, result(), {})
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_shipped_configuration_is_the_published_one_at_a_tiny_size():
@@ -351,7 +254,7 @@ def test_the_shipped_configuration_is_the_published_one_at_a_tiny_size():
 @pytest.mark.slow
 def test_a_clip_end_to_end(monkeypatch, capsys, files, tmp_path):
     c = config(files, tmp_path)
-    line = ["--config", str(CONFIG), *arguments(c)]
+    line = arguments(c)
     assert run(monkeypatch, *line) == 0
     assert "2/2" in capsys.readouterr().err
     film = media.probe(tmp_path / "sample.mp4")
@@ -415,19 +318,35 @@ def test_a_refining_plan_asks_for_its_files(files, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["two_stage", "distilled"])
-def test_other_plans_end_to_end(monkeypatch, files, refining, tmp_path, plan):
+@pytest.mark.parametrize("plan", jobs.PLANS)
+def test_every_plan_gives_in_python_what_the_command_gives(
+    monkeypatch, files, refining, tmp_path, plan
+):
+    """The command goes step by step, Python all at once: one body, equal latents."""
     given = {"plan": plan, "upsampler": refining, "distilled_lora": files["lora"]}
-    c = config(files, tmp_path, guidance=Guidance(stg=0.0, bimodal=1.0), **given)
-    job, inputs = sampling.check(c)
-    media_, _ = sampling.generate(job, inputs)
-    twice = 2 if plan == "two_stage" else 1
-    assert media_.video.shape == (1, 9, 64 * twice, 32 * twice, 3)
-    request = job.layout.audio.frames
-    assert media_.latents.audio.shape[1] == request
-    assert np.isfinite(media_.latents.video).all()
-    (path, *_) = sampling.write(job, media_, {})
-    assert media.probe(path).height == 64 * twice
+    scales = Guidance(identity=0.0, stg=0.0, bimodal=1.0)
+    c = config(files, tmp_path, guidance=scales, **given)
+    extra = ["--plan", plan, "--upsampler", str(refining), "--save-trajectory"]
+    extra += ["--distilled-lora", str(files["lora"]), "--no-contact-sheet"]
+    extra += ["--guidance.identity", "0", "--guidance.stg", "0"]
+    extra += ["--guidance.bimodal", "1"]
+    assert run(monkeypatch, *arguments(c), *extra) == 0
+    parts = trajectories.read(tmp_path / "sample.trajectory.safetensors").parts
+    assert [part.stage for part in parts] == [s.name for s in jobs.plan_of(c).stages]
+    job, inputs = sampling.check(dataclasses.replace(c, overwrite=True))
+    texts = sampling.texts((c,), job.nets, inputs.text)
+    params = sampling.load(c, job.nets)
+    asked = sampling.request(job, inputs, params, texts)
+    args = (job.plan, job.nets, params, inputs.adapters, asked, jax.random.key(c.seed))
+    found = [*pipeline.stages(*args, layout=job.layout)]
+    for part, latents in zip(parts, found, strict=True):
+        for ours, theirs in zip(latents, part.latents, strict=True):
+            scale = np.abs(ours).max()
+            np.testing.assert_allclose(theirs[-1], ours[0], atol=1e-5 * scale)
+    # What is refined is the picture; the sound stays, bit by bit.
+    np.testing.assert_array_equal(found[-1].audio, found[0].audio)
+    twice = len(found)
+    assert media.probe(tmp_path / "sample.mp4").height == 64 * twice
 
 
 def test_without_a_size_the_clip_has_the_first_frames_aspect(files, tmp_path):
@@ -442,9 +361,48 @@ def test_without_a_size_the_clip_has_the_first_frames_aspect(files, tmp_path):
         config(files, tmp_path, height=None)
 
 
+def test_the_used_part_of_a_recording_is_measured_and_recorded(files, tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, 5 * RATE))
+    long = np.concatenate([np.zeros((2, 6 * RATE)), noise], axis=1)
+    given = {"reference_audio": (sound(tmp_path / "long.wav", long),)}
+    job, inputs = sampling.check(config(files, tmp_path, **given))
+    assert inputs.waves[0].shape == (2, 11 * 16000)
+    faults = [line for line in job.warnings if line.startswith("long.wav: ")]
+    assert len(faults) == 2 and "11.0 s" in faults[0] and "55% " in faults[1]
+    given["reference_crop"] = "loudest"
+    job, inputs = sampling.check(config(files, tmp_path, **given))
+    assert inputs.waves[0].shape == (2, 5 * 16000)
+    assert not [line for line in job.warnings if line.startswith("long.wav: ")]
+    (entry,) = sampling.record(job, result(), {})["references"]
+    assert (entry["file"], entry["seconds"]) == ("long.wav", 5.0)
+    assert entry["silent_share"] < 0.01 and abs(entry["rms_db"] + 22) < 0.5
+
+
+def test_a_clip_goes_on_from_a_file(files, tmp_path):
+    path, rng = tmp_path / "before.mp4", np.random.default_rng(0)
+    frames = rng.integers(0, 256, (25, 32, 64, 3), np.uint8)
+    wave = rng.normal(0, 0.1, (2, RATE)).astype(np.float32)
+    media.write_video(path, frames, wave, RATE)
+    free = {"height": None, "width": None, "first_frame": None}
+    given = {"continue_from": path, "overlap": 9, "frames": 17, **free}
+    job, inputs = sampling.check(config(files, tmp_path, **given))
+    assert inputs.ending.frames.shape == (9, 32, 64, 3)
+    assert inputs.ending.wave.shape == (2, round((9 / 25 - 0.03) * 16000))
+    assert (job.layout.video.height, job.layout.video.width) == (256, 512)
+    assert job.hashes["continue_from"] == checkpoints.file_hash(path)
+    made = result()._replace(
+        video=np.zeros((1, 17, 2, 2, 3), np.uint8),
+        wave=np.ones((1, 2, RATE), np.float32),
+    )
+    written = sampling.single(job, made)
+    assert written.video.shape[1] == 8
+    assert written.wave.shape == (1, 2, 8 * RATE // 25)
+
+
 def test_a_prompt_that_makes_a_bad_clip_is_warned_of(files, tmp_path):
     long = "[VISUAL]: a [SPEECH]: " + "word " * 40 + "[SOUNDS]: b"
-    job, _ = sampling.check(config(files, tmp_path, prompt=long))
+    c = config(files, tmp_path, prompt=long, reference_audio=())
+    job, _ = sampling.check(c)
     (line,) = job.warnings
-    assert "40 words" in line
+    assert "shorten it" in line
     assert sampling.record(job, result(), {})["warnings"] == [line]
