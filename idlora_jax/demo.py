@@ -258,7 +258,7 @@ def run(options: Options) -> fitting.Result:
         config = dataclasses.replace(
             presets.tiny_sample(folder),
             lora=(result.adapter,),
-            reference_audio=start.reference_audio,
+            reference_audio=(start.reference_audio,),
             first_frame=start.first_frame,
             prompt=start.prompt,
         )

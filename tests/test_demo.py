@@ -52,7 +52,8 @@ def test_the_sample_is_h264_and_aac_of_the_requested_length(made):
     record = json.loads((folder / "sample/sample.json").read_text())
     assert record["synthetic"] is True
     assert record["adapters"][0]["step"] == 60
-    assert record["settings"]["reference_audio"].endswith("reference.wav")
+    (reference,) = record["settings"]["reference_audio"]
+    assert reference.endswith("reference.wav")
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ def test_the_commands_pass_the_choice_on(command: str, monkeypatch: Any):
         raise InterruptedError(options["fp8"])
 
     monkeypatch.setattr(networks, "load", asked)
-    monkeypatch.setattr(sampling, "_texts", lambda *_: ())
+    monkeypatch.setattr(sampling, "texts", lambda *_: {})
     made = {"train": presets.tiny_train(), "sample": presets.tiny_sample()}[command]
     config = dataclasses.replace(made, fp8="keep")
     kind: Any = {"train": fitting.Fit, "sample": sampling.Job}[command]
@@ -176,4 +176,4 @@ def test_the_commands_pass_the_choice_on(command: str, monkeypatch: Any):
         if command == "train":
             fitting.fit(job)
         else:
-            sampling.generate(job, sampling.Inputs(None, None, {}))
+            sampling.generate(job, sampling.Inputs((), None, {}))
