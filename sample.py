@@ -71,7 +71,8 @@ def main() -> int:
                 bar.set_description(", ".join(names), refresh=False)
                 bar.update(len(names))
 
-            for outcome in sessions.make(session, step if config.progress else None):
+            watch = step if config.progress else None
+            for outcome in sessions.make(session, watch, warn):
                 report(outcome)
                 states[outcome.state] += 1
     except KeyboardInterrupt:

@@ -107,9 +107,9 @@ class SampleConfig:
         pre_roll: seconds of sound made before the clip begins, and cut off again.
         first_frame: picture (or video) to start from; None: free.
         fit: how it is brought to size, cropped or stretched.
-        continue_from: a clip whose end this one begins with; its frames are not written
-            again.
+        continue_from: a clip whose end this one begins with.
         overlap: how many of its frames, 8k+1.
+        joined: write both clips as one instead of what is new.
         output_dir: for `<name>.mp4`, `<name>.wav`, `<name>.png` and `<name>.json`.
         name: of these files.
         frames: 8k+1.
@@ -162,6 +162,7 @@ class SampleConfig:
     fit: Literal["crop", "stretch"] = "crop"
     continue_from: Path | None = None
     overlap: int = 17
+    joined: bool = False
     output_dir: Path = Path("outputs/sample")
     name: str = "sample"
     frames: int = 121

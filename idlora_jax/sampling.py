@@ -26,6 +26,7 @@ from idlora_jax import (
     codecs,
     continuation,
     joining,
+    media,
     parallel,
     pipeline,
     prompt_cache,
@@ -33,6 +34,7 @@ from idlora_jax import (
 from idlora_jax.jobs import Inputs, Job, check, plan_of
 from idlora_jax.outputs import record, write
 from idlora_jax.pipeline import Media, Request, Watch
+from idlora_jax.prompt_cache import Say
 from idlora_jax.sample_config import SampleConfig
 from idlora_jax.types import Adapter, Prompt, Tree, each
 from idlora_jax.weights import networks
@@ -58,7 +60,10 @@ MEDIA_SIDE = ("transformer", "video_vae", "audio_vae", "vocoder")
 
 
 def texts(
-    configs: Sequence[SampleConfig], nets: Networks, changes: Sequence[Adapter] = ()
+    configs: Sequence[SampleConfig],
+    nets: Networks,
+    changes: Sequence[Adapter] = (),
+    note: Say | None = None,
 ) -> Mapping[str, Prompt]:
     """All prompts and negative prompts, in host memory; see `prompt_cache.encoded`.
 
@@ -66,9 +71,11 @@ def texts(
         configs: samples of one base and text encoder.
         nets: what the networks are.
         changes: of the text connector, scaled.
+        note: takes a line about a cache that could not be used.
     """
     found = [text for c in configs for text in (c.prompt, c.negative_prompt)]
-    return prompt_cache.encoded(configs[0], nets, [*dict.fromkeys(found)], changes)
+    args = (configs[0], nets, [*dict.fromkeys(found)], changes)
+    return prompt_cache.encoded(*args, note=note)
 
 
 def mesh_of(config: SampleConfig) -> Mesh | None:
@@ -159,7 +166,7 @@ def run(
 
 
 def single(job: Job, result: Media, sample: int = 0) -> Media:
-    """One sample of a batch, on the host, without what it shares with the clip before.
+    """One sample of a batch, on the host; after the clip that it goes on from, if any.
 
     Args:
         job: the sample's.
@@ -167,8 +174,8 @@ def single(job: Job, result: Media, sample: int = 0) -> Media:
         sample: its number.
 
     Raises:
-        ValueError: for latents that are not finite: their pictures look like any
-            others.
+        ValueError: for latents that are not finite (their pictures look like any
+            others), or a clip to join that has another size.
     """
     latents = each(lambda x: np.asarray(x[sample : sample + 1]), result.latents)
     for name, latent in latents._asdict().items():
@@ -181,12 +188,22 @@ def single(job: Job, result: Media, sample: int = 0) -> Media:
         None if x is None else np.asarray(x[sample])
         for x in (result.video, result.wave)
     )
-    config, clip = job.config, joining.Clip(video, wave)
-    if config.continue_from is not None:
-        options: dict[str, Any] = {"overlap": config.overlap, "fps": config.fps}
-        clip = joining.fresh(clip, job.nets.vocoder.sample_rate, **options)
+    clip = _continued(job, joining.Clip(video, wave))
     video, wave = (None if x is None else x[None] for x in clip)
     return Media(video, wave, latents)
+
+
+def _continued(job: Job, clip: joining.Clip) -> joining.Clip:
+    """What is written of a clip that goes on from another: what is new, or both."""
+    config, rate = job.config, job.nets.vocoder.sample_rate
+    options: dict[str, Any] = {"overlap": config.overlap, "fps": config.fps}
+    path = config.continue_from
+    if path is None:
+        return clip
+    if not config.joined:
+        return joining.fresh(clip, rate, **options)
+    frames, wave = media.read_video(path, config.fps), media.read_audio(path, rate)
+    return joining.joined(joining.Clip(frames, wave), clip, rate, **options)
 
 
 def generate(

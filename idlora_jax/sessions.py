@@ -35,6 +35,7 @@ from idlora_jax.finished import is_finished, trajectory
 from idlora_jax.jobs import Inputs, Job, Opened, check
 from idlora_jax.outputs import write
 from idlora_jax.pipeline import Request, Seen, Watch, layouts
+from idlora_jax.prompt_cache import Say
 from idlora_jax.sample_config import SampleConfig
 from idlora_jax.types import Prompt, Tree
 
@@ -212,19 +213,22 @@ def _judge(configs: Sequence[SampleConfig], found: Opened) -> _Judge:
     return _Judge(batch, {"text_length": length, "encodes": encodes})
 
 
-def make(session: Session, watch: WatchNamed | None = None) -> Iterator[Outcome]:
+def make(
+    session: Session, watch: WatchNamed | None = None, note: Say | None = None
+) -> Iterator[Outcome]:
     """Make the samples of a session; outcomes come as they are known.
 
     Args:
         session: from `prepare`.
         watch: called after every step of every group of samples.
+        note: takes a line about prompts that could not be kept.
 
     Raises:
         ValueError: if weights are missing or do not fit.
     """
     if not session.todo:
         return
-    shared, known = _loaded(session, watch), [*session.outcomes]
+    shared, known = _loaded(session, watch, note), [*session.outcomes]
 
     def ready(config: SampleConfig) -> _Ready | Outcome:
         _follow(config, known)
@@ -237,10 +241,11 @@ def make(session: Session, watch: WatchNamed | None = None) -> Iterator[Outcome]
             yield outcome
 
 
-def _loaded(session: Session, watch: WatchNamed | None) -> _Shared:
+def _loaded(session: Session, watch: WatchNamed | None, note: Say | None) -> _Shared:
     found, config = session.found, session.todo[0]
     nets, clock = found.nets, [time.perf_counter()]
-    prompts = sampling.texts(session.todo, nets, jobs.text_parts(config, found))
+    changes = jobs.text_parts(config, found)
+    prompts = sampling.texts(session.todo, nets, changes, note)
     clock.append(time.perf_counter())
     params = sampling.load(config, nets)
     clock.append(time.perf_counter())

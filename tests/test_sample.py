@@ -378,7 +378,7 @@ def test_the_used_part_of_a_recording_is_measured_and_recorded(files, tmp_path):
     assert entry["silent_share"] < 0.01 and abs(entry["rms_db"] + 22) < 0.5
 
 
-def test_a_clip_goes_on_from_a_file(files, tmp_path):
+def test_a_clip_goes_on_from_a_file_and_may_be_joined_to_it(files, tmp_path):
     path, rng = tmp_path / "before.mp4", np.random.default_rng(0)
     frames = rng.integers(0, 256, (25, 32, 64, 3), np.uint8)
     wave = rng.normal(0, 0.1, (2, RATE)).astype(np.float32)
@@ -391,12 +391,17 @@ def test_a_clip_goes_on_from_a_file(files, tmp_path):
     assert (job.layout.video.height, job.layout.video.width) == (256, 512)
     assert job.hashes["continue_from"] == checkpoints.file_hash(path)
     made = result()._replace(
-        video=np.zeros((1, 17, 2, 2, 3), np.uint8),
+        video=np.zeros((1, 17, 32, 64, 3), np.uint8),
         wave=np.ones((1, 2, RATE), np.float32),
     )
     written = sampling.single(job, made)
     assert written.video.shape[1] == 8
     assert written.wave.shape == (1, 2, 8 * RATE // 25)
+    job, _ = sampling.check(config(files, tmp_path, joined=True, **given))
+    written = sampling.single(job, made)
+    np.testing.assert_array_equal(written.video[0, :25], media.read_video(path))
+    assert written.video.shape[1] == 25 + 8
+    assert written.wave.shape == (1, 2, 33 * RATE // 25)
 
 
 def test_a_prompt_that_makes_a_bad_clip_is_warned_of(files, tmp_path):

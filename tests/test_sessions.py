@@ -61,7 +61,9 @@ def quick(monkeypatch, loaded):
     monkeypatch.setattr(jobs, "opened", lambda _: found)
     monkeypatch.setattr(sampling, "load", lambda *_: params)
     monkeypatch.setattr(
-        prompt_cache, "encoded", lambda c, nets, texts, *_: dict.fromkeys(texts, prompt)
+        prompt_cache,
+        "encoded",
+        lambda c, nets, texts, *_, **__: dict.fromkeys(texts, prompt),
     )
 
     def instead(plan, nets, base, adapters, request, key, *, layout, watch, **_):
