@@ -229,7 +229,7 @@ def sample(
     Raises:
         ValueError: if the request does not fit the layout or the stage.
     """
-    if request.reference is None:
+    if request.reference is None and request.video_reference is None:
         stage = plans.without_reference(stage)
     sigmas = stage.sigmas.table(layout, numerics)
     if stage.refines and before is None:
@@ -244,7 +244,7 @@ def sample(
         )
     request = parallel.rows(request, mesh)
     if before is None:
-        clean = start(request, layout, numerics=numerics)
+        clean = start(request, layout, numerics=numerics, placing=stage.placing)
     else:
         clean = refine(request, before, layout, numerics=numerics)
     options: dict[str, Any] = {
@@ -258,7 +258,7 @@ def sample(
     clean, noise = parallel.rows((clean, noise), mesh)
     args = (
         denoiser(stage, cfg, variables, clean, request.prompts, layout, **options),
-        plans.SOLVERS[stage.solver](),
+        plans.solver_of(stage),
         sigmas,
         add_noise(clean, noise, sigmas[0]),
         solver_key if draws is None else draws,

@@ -8,14 +8,16 @@ would copy it, and so would saving the slices for the backward pass).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array
 
-from idlora_jax import quantized
+from idlora_jax import parallel, quantized
 from idlora_jax.config import TransformerConfig
 from idlora_jax.model.block import AVBlock, Modality, Work
 from idlora_jax.model.spans import Kind, Mode, Span, spans
@@ -59,6 +61,7 @@ class Call(NamedTuple):
         targets: numbers of target tokens.
         bias: additive biases.
         mode: how branches are grouped.
+        mesh: that the rows are divided over, or None.
     """
 
     cfg: TransformerConfig
@@ -70,6 +73,7 @@ class Call(NamedTuple):
     targets: AV
     bias: Bias
     mode: Mode
+    mesh: Mesh | None = None
 
 
 class Rows(NamedTuple):
@@ -179,7 +183,9 @@ def _one(
     return call.block.apply(layer, x, cond, work, inputs.bias)  # pyright: ignore
 
 
-def _side_by_side(run: Any, inputs: Inputs, states: AV, size: int) -> AV:
+def _side_by_side(
+    run: Any, inputs: Inputs, states: AV, size: int, mesh: Mesh | None
+) -> AV:
     """`size` groups at a time as rows of one batch."""
     groups = jax.tree.leaves(states)[0].shape[0]
     done = []
@@ -187,13 +193,14 @@ def _side_by_side(run: Any, inputs: Inputs, states: AV, size: int) -> AV:
         n = min(size, groups - start)
 
         def merge(a: Array, start: int = start, n: int = n) -> Array:
-            return a[start : start + n].reshape(-1, *a.shape[2:])
+            return parallel.side_by_side(a[start : start + n], mesh)
 
         def tile(a: Array, n: int = n) -> Array:
-            return jnp.concatenate([a] * n)
+            same = jnp.broadcast_to(a[None], (n, *a.shape))
+            return parallel.side_by_side(same, mesh)
 
         def part(a: Array, n: int = n) -> Array:
-            return a.reshape(n, -1, *a.shape[1:])
+            return parallel.apart(a, n, mesh)
 
         x, rows = jax.tree.map(merge, (states, inputs.rows))
         cond, bias = jax.tree.map(tile, (inputs.cond, inputs.bias))
@@ -213,7 +220,7 @@ def _run_kind(
     if call.mode == "sweep" and groups > 1:
         return jax.lax.map(lambda a: run(inputs, *a), (states, inputs.rows))
     size = groups if call.mode == "batch" else min(groups, 2)
-    return _side_by_side(run, inputs, states, size)
+    return _side_by_side(run, inputs, states, size, call.mesh)
 
 
 def _layer_of(variables: Mapping[str, Tree], index: Array) -> dict[str, Tree]:
@@ -225,6 +232,26 @@ def _layer_of(variables: Mapping[str, Tree], index: Array) -> dict[str, Tree]:
 def _named(layer: Mapping[str, Tree]) -> Mapping[str, Tree]:
     """Name a layer's variables, so that every remat policy can refuse to save them."""
     return jax.tree.map(lambda w: checkpoint_name(w, "weights"), layer)
+
+
+def _filled(call: Call, span: Span) -> Span:
+    """Groups of a batch repeated, so that each device has as many as the others."""
+    if call.mesh is None or call.mode != "batch":
+        return span
+    parts = call.mesh.shape["guidance"]
+
+    def filled(kind: Kind) -> Kind:
+        short = -len(kind.groups) % parts
+        return replace(kind, groups=kind.groups + kind.groups[-1:] * short)
+
+    return replace(span, kinds=tuple(map(filled, span.kinds)))
+
+
+def _divided(call: Call, states: Any) -> Any:
+    """States [g B T D] divided over the mesh, whole in their width."""
+    groups = "guidance" if call.mode == "batch" else None
+    put = lambda x: parallel.constrain(x, call.mesh, groups, parallel.BATCH)
+    return jax.tree.map(put, states)
 
 
 def _run_span(
@@ -248,11 +275,12 @@ def _run_span(
         index, own = at
         layer = _named({**_layer_of(rest, index), **own})
         zipped = zip(span.kinds, inputs, carry, strict=True)
-        return tuple(_run_kind(call, k, layer, i, s) for k, i, s in zipped), None
+        done = tuple(_run_kind(call, k, layer, i, s) for k, i, s in zipped)
+        return _divided(call, done), None
 
     body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False)
     layers = jnp.arange(span.start, span.stop)
-    return jax.lax.scan(body, states, (layers, data))[0]
+    return jax.lax.scan(body, _divided(call, states), (layers, data))[0]
 
 
 def run_layers(call: Call, x: AV, remat: Remat, scanned: tuple[str, ...]) -> list[AV]:
@@ -274,6 +302,7 @@ def run_layers(call: Call, x: AV, remat: Remat, scanned: tuple[str, ...]) -> lis
         )
     per_branch = [x] * len(call.branches)
     for span in spans(call.branches, call.cfg.layers, call.mode):
+        span = _filled(call, span)
         states = []
         for kind in span.kinds:
             group = [per_branch[g] for g in kind.groups]

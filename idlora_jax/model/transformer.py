@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
+from idlora_jax import parallel
 from idlora_jax.config import TransformerConfig
 from idlora_jax.model import rope
 from idlora_jax.model.attention import Backend
@@ -244,6 +246,7 @@ def apply(
     remat: Remat = "full",
     scanned: tuple[str, ...] = ("lora",),
     backend: Backend = "auto",
+    mesh: Mesh | None = None,
 ) -> tuple[AV, ...]:
     """Velocities of every branch.
 
@@ -265,6 +268,8 @@ def apply(
         scanned: collections that a single span scans as data, so that their gradients
             stack instead of scattering: the adapter, or the base when it is trained.
         backend: see `attention.attend`.
+        mesh: devices that samples and, in mode "batch", branches are divided over; the
+            weights are, as they are placed (`parallel`).
 
     Returns:
         One AV of [B T C] per branch. Rows of references that a branch drops are 0.
@@ -279,7 +284,10 @@ def apply(
     any_ref = any(s is not None and s.x.shape[1] > n for s, n in pairs)
     tidy = checked(branches, cfg.layers, any_ref=any_ref)
     bias = bias or Bias()
-    cond, embedded = _modality_conditions(cfg, variables, prepared, streams, sigma)
+    conditions = _modality_conditions(cfg, variables, prepared, streams, sigma)
+    cond, embedded = jax.tree.map(
+        lambda a: parallel.constrain(a, mesh, parallel.BATCH), conditions
+    )
     names = AV("video", "audio")
     ends = _ends(cfg)
     x = each(
@@ -290,7 +298,7 @@ def apply(
     )
     block = AVBlock(cfg, backend)
     prompts = prepared.prompts
-    call = Call(cfg, block, variables, cond, prompts, tidy, counts, bias, mode)
+    call = Call(cfg, block, variables, cond, prompts, tidy, counts, bias, mode, mesh)
     states = run_layers(call, x, remat, scanned)
 
     def velocity(h: Array, e: Ends, n: str, emb: Array, s: Stream) -> Array:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from idlora_jax import parallel
 from idlora_jax.config import Generation, TransformerConfig
 from idlora_jax.config_codecs import AudioVAEConfig
 from idlora_jax.config_text import TextConnectorConfig, TextEncoderConfig
@@ -88,6 +90,7 @@ def load(
     upsampler_path: PathLike | None = None,
     dtype: Any = jnp.float32,
     fp8: Choice = "upcast",
+    mesh: Mesh | None = None,
 ) -> tuple[Networks, dict[str, Tree]]:
     """Open a base and read the named networks.
 
@@ -101,13 +104,15 @@ def load(
             tables that the file holds in float32 stay so.
         fp8: what becomes of kernels that the base holds in 8 bits; see
             `io.load_network`.
+        mesh: devices that the parameters are read to, as `parallel.RULES` says: those
+            of transformer and text encoder in parts, the others whole on each.
 
     Returns:
         The configurations of all networks, and the parameters of the named ones.
 
     Raises:
-        ValueError: for unknown names, unreadable or incomplete files, or a text encoder
-            that is not the checkpoint's.
+        ValueError: for unknown names, unreadable or incomplete files, a text encoder
+            that is not the checkpoint's, or a mesh that cannot divide the heads.
     """
     names = tuple(dict.fromkeys(names))
     known = [*io.NETWORKS, TEXT_ENCODER, UPSAMPLER]
@@ -126,6 +131,8 @@ def load(
         )
     base = open_base(base_path)
     configs = {name: _config(base, name, name in names) for name in io.NETWORKS}
+    if mesh is not None and configs["transformer"] is not None:
+        parallel.check(mesh.shape, configs["transformer"])
     text, found = None, {}
     if text_encoder_path is not None:
         text, found = text_encoder_leaves(text_encoder_path)
@@ -139,10 +146,15 @@ def load(
         base_hash=base.base_hash,
         upsampler=None if larger is None else larger.cfg,
     )
-    own = [name for name in names if name in io.NETWORKS]
-    params = {name: io.load_network(base, name, dtype, fp8=fp8) for name in own}
+    where = {name: parallel.placement(mesh, name) for name in names}
+    params = {
+        name: io.load_network(base, name, dtype, placement=where[name], fp8=fp8)
+        for name in names
+        if name in io.NETWORKS
+    }
     if TEXT_ENCODER in names:
-        params[TEXT_ENCODER] = io.read_all(found, dtype)
+        params[TEXT_ENCODER] = io.read_all(found, dtype, placement=where[TEXT_ENCODER])
     if UPSAMPLER in names and upsampler_path is not None:
-        _, params[UPSAMPLER] = load_upsampler(upsampler_path, dtype)
+        _, read = load_upsampler(upsampler_path, dtype)
+        params[UPSAMPLER] = parallel.place(read, mesh, UPSAMPLER)
     return nets, params
