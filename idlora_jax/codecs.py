@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, UInt8
 
-from idlora_jax import images, mel
+from idlora_jax import geometry, images, mel
 from idlora_jax.config_codecs import AudioVAEConfig
 from idlora_jax.config_video_vae import VideoVAEConfig
 from idlora_jax.model import audio_vae, video_tiles, video_vae, vocoder
@@ -118,11 +119,19 @@ def decode_video(
         return video_vae.to_uint8(_decode_video(cfg, params, latent, draws=draws))
     options: dict[str, Any] = {"draws": draws, "finish": video_vae.to_uint8}
     chunks = video_tiles.decode_chunks(cfg, params, latent, Tiles(), **options)
+    if isinstance(latent, Tracer):  # no frames yet that could be moved
+        return jnp.concatenate([*chunks], 1)
     return np.concatenate([np.asarray(chunk) for chunk in chunks], 1)
 
 
+def samples_per_latent(nets: Networks) -> int:
+    """Samples of decoded sound that each audio latent but the first stands for."""
+    mel_frames = geometry.MEL_PER_LATENT * nets.vocoder.sample_rate
+    return mel_frames * nets.audio_vae.hop // nets.audio_vae.sample_rate
+
+
 def decode(
-    nets: Networks, params: Mapping[str, Tree], latents: AV
+    nets: Networks, params: Mapping[str, Tree], latents: AV, *, before: int = 0
 ) -> tuple[Any, Float32[Array, "B 2 N"] | None]:
     """Pixels and sound of latents.
 
@@ -130,6 +139,7 @@ def decode(
         nets: what the networks are; the sound is at `nets.vocoder.sample_rate`.
         params: by network: "video_vae", "audio_vae", "vocoder".
         latents: `AV` of [B F H W C] and [B T M C], normalised; either may be None.
+        before: audio latents before time 0, whose sound is cut off.
 
     Returns:
         uint8 [B F H W 3] (see `decode_video`) and float32 [B 2 N].
@@ -143,4 +153,5 @@ def decode(
     if latents.audio is not None:
         log_mel = _decode_audio(nets.audio_vae, params["audio_vae"], latents.audio)
         wave = _synthesize(nets.vocoder, params["vocoder"], log_mel)
+        wave = wave[..., before * samples_per_latent(nets) :]
     return video, wave

@@ -171,7 +171,9 @@ def test_the_commands_pass_the_choice_on(command: str, monkeypatch: Any):
     job = object.__new__(kind)
     object.__setattr__(job, "config", config)
     object.__setattr__(job, "run", types.SimpleNamespace(config=config))
-    object.__setattr__(job, "nets", types.SimpleNamespace(upsampler=None))
+    nets = object.__new__(networks.Networks)
+    object.__setattr__(nets, "upsampler", None)
+    object.__setattr__(job, "nets", nets)
     with pytest.raises(InterruptedError, match="keep"):
         if command == "train":
             fitting.fit(job)

@@ -1,0 +1,66 @@
+"""What a run needs of a device, phase by phase, as numbers and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is on a device at the same time.
+
+    Attributes:
+        name: "text", "inputs", a stage's name, or "decode".
+        resident: (what, bytes) that are there from before to after it.
+        temporary: bytes for its own work.
+    """
+
+    name: str
+    resident: tuple[tuple[str, int], ...]
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(size for _, size in self.resident) + self.temporary
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a sample needs of one device, phase by phase.
+
+    Attributes:
+        title: what it is the plan of.
+        phases: in the order of the run.
+    """
+
+    title: str
+    phases: tuple[Phase, ...]
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    def table(self) -> str:
+        """Lines for people, in GB (1e9 bytes); a star marks the peak."""
+        names = dict.fromkeys(n for p in self.phases for n, _ in p.resident)
+        rows = {n: [dict(p.resident).get(n, 0) for p in self.phases] for n in names}
+        rows["temporary (estimate)"] = [p.temporary for p in self.phases]
+        rows["together"] = [p.total for p in self.phases]
+        heads = [p.name + "*" * (p is self.peak) for p in self.phases]
+        wide = max(map(len, rows))
+        out = [f"memory plan in GB: {self.title}"]
+        out.append(" " * wide + "".join(f"{head:>11}" for head in heads))
+        for name, sizes in rows.items():
+            cells = (f"{_gb(n):>11}" if n else f"{'-':>11}" for n in sizes)
+            out.append(f"{name:{wide}}" + "".join(cells))
+        return "\n".join(out)
+
+
+def _gb(size: int) -> str:
+    """Two digits behind the point; small sizes keep two that count."""
+    number = size / GB
+    return f"{number:.2f}" if number >= 0.1 else f"{number:.2g}"
