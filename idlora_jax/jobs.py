@@ -306,7 +306,8 @@ def check(config: SampleConfig, found: Opened | None = None) -> tuple[Job, Input
     layout = pipeline.clip(config.frames, *size, config.fps, pre_roll=config.pre_roll)
     waves, references = _waves(config, found.nets)
     said = [f"{n}: {line}" for n, r in references for line in voices.warnings(r)]
-    warnings = (*tagged.lint(config.prompt, config.frames / config.fps), *said)
+    new = config.frames - (0 if ending is None else config.overlap)
+    warnings = (*tagged.lint(config.prompt, new / config.fps), *said)
     hashes = _hashes(config)
     text = text_parts(config, found)
     changes = {n: parts.get("transformer", {}) for n, parts in found.parts.items()}

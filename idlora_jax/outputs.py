@@ -180,8 +180,12 @@ def _write_media(
     return made
 
 
-def _keep_inputs(job: Job) -> None:
-    """Raise if a file to write is one that the sample was made from."""
+def keep_inputs(job: Job) -> None:
+    """Raise if a file to write is one that the sample is made from.
+
+    Raises:
+        ValueError: naming it.
+    """
     config = job.config
     given = [*config.reference_audio, *config.lora, config.first_frame]
     given += [config.continue_from, config.base, config.prompts_file]
@@ -213,7 +217,7 @@ def write(
         ValueError: see `sample_of`; for names that are those of input files.
         OSError: if they cannot be written; nothing new is left behind.
     """
-    _keep_inputs(job)
+    keep_inputs(job)
     arrays = sample_of(result, sample)
     entry = _entry(job, arrays, seconds)
     folder, (final,) = job.config.output_dir, targets(job, ("json",))

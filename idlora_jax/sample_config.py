@@ -227,7 +227,7 @@ class SampleConfig:
         several = self.prompts_file is not None and self.input_dir is not None
         text = "one of prompts_file and input_dir"
         require(not several, "input_dir", self.input_dir, text)
-        plain_name = Path(self.name).name == self.name
+        plain_name = Path(self.name).name == self.name not in ("", "..")
         require(plain_name, "name", self.name, "a file name without folder or ending")
 
     def _check_plan(self) -> None:

@@ -33,7 +33,7 @@ from idlora_jax.data import tokenize
 from idlora_jax.experiment import plain
 from idlora_jax.finished import is_finished, trajectory
 from idlora_jax.jobs import Inputs, Job, Opened, check
-from idlora_jax.outputs import write
+from idlora_jax.outputs import keep_inputs, write
 from idlora_jax.pipeline import Request, Seen, Watch, layouts
 from idlora_jax.prompt_cache import Say
 from idlora_jax.sample_config import SampleConfig
@@ -143,6 +143,7 @@ def prepare(configs: Sequence[SampleConfig]) -> Session:
             _follow(config, outcomes)
             if config.continue_from not in [_clip(before) for before in todo]:
                 job, inputs = check(config, found)
+                keep_inputs(job)
                 if is_finished(job):
                     outcomes.append(Outcome(config, "skipped"))
                     continue

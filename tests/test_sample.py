@@ -211,6 +211,7 @@ RANGES = {
     "--fps 0": "fps: got 0.0, expected above 0 (use 25)",
     "--steps 0": "steps: got 0, expected 1 or more",
     "--name a/b": "name: got 'a/b', expected a file name without folder or ending",
+    "--name ..": "name: got '..', expected a file name without folder or ending",
     "--lora-strength 1 2": "expected 0 factors, one per file",
     "--first-fram x": "the nearest name is --first-frame",
     "--guidance.identify 3": "the nearest name is --guidance.identity",

@@ -200,6 +200,14 @@ def test_the_only_sample_s_mistake_is_an_error(files, tmp_path):
         sessions.prepare([c])
 
 
+def test_an_input_is_not_written_over_and_that_is_said_at_once(quick, files, tmp_path):
+    face = tmp_path / "sample.png"
+    media.write_png(face, np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"sample.png: got an input's name"):
+        sessions.prepare([config(files, tmp_path, first_frame=face)])
+    assert quick == []
+
+
 def test_finished_samples_are_skipped_and_what_is_lacking_is_made(
     quick, monkeypatch, files, tmp_path
 ):
@@ -338,7 +346,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_is_read(
 
 
 def test_a_sample_may_go_on_from_one_made_before_it(quick, files, tmp_path):
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"output_name": "a"},
         {"output_name": "b", "continue_from": "a"},
         {"output_name": "c", "continue_from": "b"},
