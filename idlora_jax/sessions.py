@@ -222,7 +222,8 @@ def make(
     Args:
         session: from `prepare`.
         watch: called after every step of every group of samples.
-        note: takes a line about prompts that could not be kept.
+        note: takes a line about prompts that could not be kept, and what is likely to
+            make a bad clip of those that could not be checked before.
 
     Raises:
         ValueError: if weights are missing or do not fit.
@@ -230,10 +231,15 @@ def make(
     if not session.todo:
         return
     shared, known = _loaded(session, watch, note), [*session.outcomes]
+    told = {name for name, _ in session.warnings}
 
     def ready(config: SampleConfig) -> _Ready | Outcome:
         _follow(config, known)
-        return _ready(config, shared)
+        one = _ready(config, shared)
+        if isinstance(one, _Ready) and note and config.name not in told:
+            for line in one.job.warnings:
+                note(f"{config.name}: {line}")
+        return one
 
     for group in _groups(session.todo, ready):
         alone = isinstance(group, Outcome)

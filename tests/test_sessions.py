@@ -359,6 +359,13 @@ def test_a_sample_may_go_on_from_one_made_before_it(quick, files, tmp_path):
     assert lengths == [9, 8, 8]
     record = json.loads((output / "c.json").read_text())
     assert [*record["inputs"]] == ["reference_audio", "continue_from"]
+    session = sessions.prepare(
+        [dataclasses.replace(c, overwrite=True) for c in configs]
+    )
+    assert {name for name, _ in session.warnings} == {"a"}
+    said: list[str] = []
+    list(sessions.make(session, note=said.append))
+    assert {line.partition(":")[0] for line in said} == {"b", "c"}
     assert states(made(configs)[1]) == dict.fromkeys("abc", "skipped")
     entries[0]["seed"] = 1
     _, found = made(several(files, output, entries, overlap=1))
