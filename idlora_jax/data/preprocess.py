@@ -2,115 +2,97 @@
 
     frames u8 [F H W 3] --video VAE--> latents/                  [C f h w]  bfloat16
     sound f32 [2 N]     --audio VAE--> audio_latents/            [C T M]    float32
-    next clip's sound   --audio VAE--> reference_audio_latents/  [C T M]    float32
+    another clip's sound --audio VAE-> reference_audio_latents/  [C T M]    float32
     caption             --Gemma tower--> conditions/             [S D]      bfloat16
 
-One safetensors file a clip and folder, under the clip's name. A clip is encoded whole
-before its first file is written, and `latents/`, from which readers take the names,
-comes last; a clip that cannot be used is left out with its reason and the others go on.
+One safetensors file a clip and folder, under the clip's name; with several buckets each
+has a folder `<height>x<width>x<frames>` of its own. The order of work:
+
+    manifest  the list of clips, from a folder or a table
+    cuts      headers: the bucket of every clip, and where it is cut
+    captions  each different one encoded once; the text encoder is let go
+    samples   speaker by speaker: all sounds, then pictures, decoded by threads ahead
+
+A clip is encoded whole before its first file appears; one that cannot be used is left
+out with its reason and the others go on. The first Ctrl-C ends the run behind the clip
+in hand, and `--skip-existing` goes on from there.
 T is the number of audio latents that belong to the video's length: the encoder is
 causal, so cutting later latents equals never having heard them.
 
-    python -m idlora_jax.data.preprocess --manifest clips/metadata.jsonl \
+    python -m idlora_jax.data.preprocess --manifest clips/ \
         --base ltx-2-19b-dev.safetensors --text-encoder gemma-3-12b-it --output latents/
+    python -m idlora_jax.data.preprocess --validate latents/
 
 Source: ltx_trainer scripts/process_videos.py and process_captions.py.
 """
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
-from jaxtyping import Array, Float, Float32, UInt8
 from tqdm import tqdm
 
-from idlora_jax import codecs, commandline, geometry, media, prompts, sound
-from idlora_jax.config_codecs import AudioVAEConfig
-from idlora_jax.config_video_vae import VideoVAEConfig
-from idlora_jax.data import layout, manifest, tokenize
-from idlora_jax.data.latents import AUDIO, REFERENCE, TEXT, VIDEO
+from idlora_jax import commandline, loop
+from idlora_jax.data import (
+    corpus,
+    cuts,
+    encode,
+    hook,
+    identity,
+    manifest,
+    outcomes,
+    pairing,
+    published,
+    tokenize,
+    validate,
+    worklist,
+)
+from idlora_jax.data.cuts import Cut, Found
+from idlora_jax.data.encode import Encoders
 from idlora_jax.data.manifest import Clip
-from idlora_jax.data.tokenize import TextTokenizer
-from idlora_jax.model import video_vae
-from idlora_jax.types import AV, Tree, VideoGrid
-from idlora_jax.weights import networks, tensorfile
-from idlora_jax.weights.networks import Networks
+from idlora_jax.data.options import Options
+from idlora_jax.data.outcomes import Outcome, summary
+from idlora_jax.data.rejection import Rejection
+from idlora_jax.data.samples import Marks, Place
+from idlora_jax.data.stored import VIDEO
+from idlora_jax.weights import networks
 
-MISSING_SOUND_S = 0.1
-"""Sound that ends this much before its video is padded with silence, as containers
-often cut it a little shorter; a clip that lacks more is left out."""
+__all__ = ["Encoders", "Options", "Outcome", "load", "main", "run", "summary"]
 
-
-@dataclass(frozen=True)
-class Options:
-    """Encode clips and captions into the folder that training reads.
-
-    Attributes:
-        manifest: a .jsonl file, one clip a line: video, caption, speaker.
-        base: the LTX-2 checkpoint whose VAEs encode.
-        text_encoder: the folder of gemma-3-12b-it.
-        output: folder for the latents.
-        frames: of each clip, 8k+1.
-        height: pixels, a multiple of 32.
-        width: pixels, a multiple of 32.
-        fps: frames per second; clips at other rates are resampled.
-        dtype: of the text encoder; the VAEs compute in float32.
-        skip_existing: leave clips alone whose files are there, of this size.
-    """
-
-    manifest: Path
-    base: Path
-    text_encoder: Path
-    output: Path
-    frames: int = 121
-    height: int = 512
-    width: int = 512
-    fps: float = 25.0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    skip_existing: bool = False
-
-    def __post_init__(self) -> None:
-        """Check sizes."""
-        geometry.audio_grid(self.grid.frames, self.grid.fps)
-
-    @property
-    def grid(self) -> VideoGrid:
-        """The size of every clip."""
-        return geometry.video_grid(self.frames, self.height, self.width, self.fps)
+CAPTIONS, WORK = ".captions", ".work"
+TEXT_SIDE, MEDIA_SIDE = ("text_encoder", "text_connector"), ("video_vae", "audio_vae")
 
 
-class Outcome(NamedTuple):
-    """What became of a clip; `reason` says why it was left out."""
+class Result(NamedTuple):
+    """What a run did: outcomes, samples of others in its folders, what stopped it."""
 
-    name: str
-    state: Literal["written", "existing", "rejected"]
-    reason: str = ""
-
-
-class Encoders(NamedTuple):
-    """The networks that encode, their parameters by name, and the tokenizer."""
-
-    nets: Networks
-    params: Mapping[str, Tree]
-    tokenizer: TextTokenizer
+    outcomes: tuple[Outcome, ...]
+    strangers: tuple[str, ...] = ()
+    signal: int | None = None
 
 
-def load(options: Options) -> Encoders:
-    """Read the networks that preprocessing needs.
+def load(
+    options: Options, names: Sequence[str] = (*TEXT_SIDE, *MEDIA_SIDE)
+) -> Encoders:
+    """Read networks that preprocessing needs.
+
+    Args:
+        options: which files, and the dtype.
+        names: of the networks whose parameters are read.
 
     Raises:
         ValueError: if a file is missing or is not what it should be.
     """
-    names = ("text_encoder", "text_connector", "video_vae", "audio_vae")
     nets, params = networks.load(
         options.base,
         names,
@@ -120,211 +102,230 @@ def load(options: Options) -> Encoders:
     return Encoders(nets, params, tokenize.load(options.text_encoder))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode_video(
-    cfg: VideoVAEConfig, params: Tree, frames: UInt8[Array, "F H W 3"]
-) -> Float[Array, "f h w C"]:
-    pixels = frames.astype(jnp.float32) / 127.5 - 1
-    return video_vae.encode(cfg, params, pixels[None])[0]
+class _Stopped(Exception):
+    """A signal asked for the end."""
 
 
-def encode_video(
-    cfg: VideoVAEConfig, params: Tree, path: Path, grid: VideoGrid
-) -> Float32[np.ndarray, "f h w C"]:
-    """Latents of a clip's first frames, scaled to cover the grid and centre-cropped.
-
-    Raises:
-        ValueError: if the file cannot be read or is too short.
-    """
-    frames = media.read_video(path, grid.fps, grid.frames)
-    frames = media.resize_crop(frames, grid.height, grid.width)
-    return np.asarray(_encode_video(cfg, params, jnp.asarray(frames)))
+def _bar(total: int, what: str) -> Any:
+    return tqdm(total=total, unit="clip", desc=what, disable=None)
 
 
-def encode_sound(
-    cfg: AudioVAEConfig, params: Tree, path: Path, grid: VideoGrid
-) -> Float32[np.ndarray, "T M C"]:
-    """Audio latents that accompany a clip's first frames.
+def _counting(bar: Any, stop: list[int]) -> Callable[[], None]:
+    """What counts a piece of work, and ends the work if a signal came."""
 
-    Raises:
-        ValueError: if the file cannot be read, has no sound, or it is silent or ends
-            before the video does.
-    """
-    wave = media.read_audio(path, cfg.sample_rate)
-    wanted = round(geometry.seconds(grid) * cfg.sample_rate)
-    missing = wanted - wave.shape[1]
-    if missing > MISSING_SOUND_S * cfg.sample_rate:
-        raise ValueError(
-            f"{path}: got {wave.shape[1] / cfg.sample_rate:.2f} s of sound, expected "
-            f"{geometry.seconds(grid):.2f} s; ask for fewer frames"
+    def seen() -> None:
+        bar.update()
+        if stop:
+            raise _Stopped
+
+    return seen
+
+
+def _planned(
+    options: Options, clips: Sequence[Clip], stop: list[int]
+) -> dict[str, Found]:
+    with _bar(len(clips), "look") as bar:
+        return cuts.plan(
+            clips,
+            options.sizes,
+            options.fps,
+            segments=options.segments,
+            workers=options.workers,
+            seen=_counting(bar, stop),
         )
-    wave = np.pad(wave[:, :wanted], ((0, 0), (0, max(0, missing))))
-    if np.abs(wave).max() < sound.SILENCE:
-        raise ValueError(
-            f"{path}: silent in its first {geometry.seconds(grid):.2f} s; cut the clip "
-            "to where someone speaks"
-        )
-    latents = codecs.encode_reference(cfg, params, wave)[0]
-    return np.asarray(latents)[: geometry.audio_grid(grid.frames, grid.fps).frames]
 
 
-def _write(path: Path, arrays: layout.Arrays, clip: Clip) -> None:
-    entries = [tensorfile.entry(name, array) for name, array in arrays.items()]
-    tensorfile.write(path, entries, {"source": clip.name})
+def _strangers(options: Options, found: Sequence[Outcome]) -> tuple[str, ...]:
+    """Samples in the folders that are none of those that this run accepted."""
+    ours = {(o.bucket, o.name) for o in found if o.state != "rejected"}
+    names = []
+    for bucket in options.sizes:
+        folder = options.folder(bucket) / VIDEO
+        for path in sorted(folder.rglob("*.safetensors")):
+            name = published.without_suffix(path.relative_to(folder).as_posix())
+            if (bucket, name) not in ours:
+                names.append(name)
+    return tuple(names)
 
 
-def _has_shape(path: Path, shape: Sequence[int]) -> bool:
-    try:
-        return tensorfile.header(path).tensors["latents"].shape == tuple(shape)
-    except (ValueError, KeyError, OSError):
-        return False
-
-
-def is_complete(options: Options, nets: Networks, name: str) -> bool:
-    """Whether all files of a clip are there, for clips of this size."""
-    grid, voice = options.grid, nets.audio_vae
-    heard = geometry.audio_grid(grid.frames, grid.fps).frames
-    sounds = (voice.latent_channels, heard, voice.mel_bins // voice.factor)
-    shapes = {
-        VIDEO: (nets.video_vae.latent_channels, *geometry.latent_shape(grid)),
-        AUDIO: sounds,
-        REFERENCE: sounds,
-    }
-    files = {
-        kind: layout.file_of(options.output, kind, name) for kind in layout.FOLDERS
-    }
-    fits = (_has_shape(files[kind], shape) for kind, shape in shapes.items())
-    return files[TEXT].is_file() and all(fits)
-
-
-class Encoded(NamedTuple):
-    """A clip's latents and the clip whose sound is its reference."""
-
-    video: np.ndarray
-    sound: np.ndarray
-    reference: Clip
-    reference_sound: np.ndarray
-
-
-def write_clip(
-    options: Options, encoders: Encoders, clip: Clip, encoded: Encoded
-) -> None:
-    """Encode the caption of a clip, then write its four files, `latents/` last.
-
-    Raises:
-        OSError: if a file cannot be written.
-    """
-    nets, params, tokenizer = encoders
-    features, mask = prompts.features(nets, params, tokenizer, [clip.caption])
-    features = AV(*(np.asarray(x[0]) for x in features))
-    shared = nets.text_connector.features == "range"
-    condition = layout.condition_file(features, np.asarray(mask[0]), shared=shared)
-    files = {
-        TEXT: (condition, clip),
-        REFERENCE: (layout.sound_file(encoded.reference_sound), encoded.reference),
-        AUDIO: (layout.sound_file(encoded.sound), clip),
-        VIDEO: (layout.video_file(encoded.video, options.fps), clip),
-    }
-    for kind in layout.FOLDERS:
-        _write(layout.file_of(options.output, kind, clip.name), *files[kind])
-
-
-def _sounds(
-    options: Options, encoders: Encoders, group: Sequence[Clip]
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Audio latents by name, and the reasons where there are none."""
-    cfg, params = encoders.nets.audio_vae, encoders.params["audio_vae"]
-    good, bad = {}, {}
-    for clip in group:
-        try:
-            good[clip.name] = encode_sound(cfg, params, clip.video, options.grid)
-        except (ValueError, OSError) as error:
-            bad[clip.name] = str(error)
-    return good, bad
-
-
-def _encode_clip(
+def _captions(
     options: Options,
-    encoders: Encoders,
-    clip: Clip,
-    sounds: Mapping[str, np.ndarray],
-    group: Sequence[Clip],
-) -> Outcome:
-    ref = manifest.reference(clip, group, sounds)
-    if ref is None:
-        reason = f"no other clip of {clip.speaker} has sound to refer to"
-        return Outcome(clip.name, "rejected", reason)
-    cfg, params = encoders.nets.video_vae, encoders.params["video_vae"]
-    try:
-        video = encode_video(cfg, params, clip.video, options.grid)
-    except (ValueError, OSError) as error:
-        return Outcome(clip.name, "rejected", str(error))
-    encoded = Encoded(video, sounds[clip.name], ref, sounds[ref.name])
-    write_clip(options, encoders, clip, encoded)
-    return Outcome(clip.name, "written")
+    group: Sequence[Cut],
+    marks: Marks,
+    given: Encoders | None,
+    stop: list[int],
+) -> None:
+    """Encode the captions of cuts; the text encoder is gone when this returns."""
+    wanted = {marks.caption(cut.clip.caption): cut.clip.caption for cut in group}
+
+    def read() -> Encoders:
+        return load(options, TEXT_SIDE) if given is None else given
+
+    folder = options.output / CAPTIONS
+    lacking = encode.lacking(folder, wanted)
+    with tqdm(total=len(lacking), unit="text", desc="captions", disable=None) as bar:
+        encode.captions(folder, lacking, read, _counting(bar, stop))
 
 
-def encode_group(
-    options: Options, encoders: Encoders, group: Sequence[Clip]
-) -> Iterator[Outcome]:
-    """Encode all clips of one speaker, each with the next as its reference."""
-    todo = list(group)
-    if options.skip_existing:
-        todo = [c for c in group if not is_complete(options, encoders.nets, c.name)]
-    for clip in group:
-        if clip not in todo:
-            yield Outcome(clip.name, "existing")
-    good, bad = _sounds(options, encoders, group if todo else ())
-    for clip in todo:
-        if clip.name in bad:
-            yield Outcome(clip.name, "rejected", bad[clip.name])
+def _sorted_out(
+    options: Options, clips: Sequence[Clip], planned: dict[str, Found]
+) -> tuple[list[Cut], list[Outcome]]:
+    """The cuts of all clips, and what became of those that have none."""
+    every: list[Cut] = []
+    bad: list[Outcome] = []
+    for clip in clips:
+        found = planned[clip.name]
+        if isinstance(found, Rejection):
+            bad.append(outcomes.rejected(clip.name, clip.speaker, found))
         else:
-            yield _encode_clip(options, encoders, clip, good, group)
+            every.extend(found)
+    manifest.check_names(options.manifest, [cut.name for cut in every])
+    return every, bad
 
 
-def run(options: Options, encoders: Encoders | None = None) -> tuple[Outcome, ...]:
-    """Encode every clip of the manifest that can be encoded.
+def _place(options: Options, encoders: Encoders) -> Place:
+    text = identity.of_folder(options.text_encoder)
+    marks = Marks(
+        encoders.nets.base_hash,
+        identity.of(text, options.dtype),
+        options.voice_hook or "",
+        (options.seed, options.self_reference),
+    )
+    return Place(
+        marks,
+        options.folder,
+        options.output / CAPTIONS,
+        options.output / WORK,
+        hook.load(options.voice_hook) if options.voice_hook else None,
+        options.seed,
+        options.self_reference,
+        options.skip_existing,
+        options.workers,
+    )
+
+
+def _encode(
+    options: Options,
+    given: Encoders | None,
+    place: Place,
+    every: Sequence[Cut],
+    stop: list[int],
+) -> Generator[Outcome]:
+    """Outcomes of cuts, one after the other."""
+    work = worklist.work(place, [*pairing.by_speaker(every).values()])
+    yield from work.done
+    if not work.todo:
+        return
+    _captions(options, work.todo, place.marks, given, stop)
+    encoders = load(options, MEDIA_SIDE) if given is None else given
+    with (
+        _bar(len(work.todo), "encode") as bar,
+        contextlib.closing(corpus.encode_all(place, encoders, work)) as made,
+    ):
+        for outcome in made:
+            bar.update()
+            yield outcome
+            if stop:
+                raise _Stopped
+
+
+def _all(
+    options: Options, given: Encoders | None, stop: list[int]
+) -> Generator[Outcome]:
+    """Outcomes of all clips of the list.
+
+    Raises:
+        _Stopped: when a signal came, behind the clip in hand.
+    """
+    clips = manifest.read(options.manifest)
+    place = _place(options, load(options, ()) if given is None else given)
+    planned = _planned(options, clips, stop)
+    every, bad = _sorted_out(options, clips, planned)
+    yield from bad
+    yield from _encode(options, given, place, every, stop)
+
+
+def process(options: Options, encoders: Encoders | None = None) -> Result:
+    """Encode every clip of the list that can be encoded, and write the report.
 
     Args:
         options: what to encode, how, and where to.
-        encoders: from `load`; read here if None.
-
-    Returns:
-        What became of each clip.
+        encoders: from `load`, with all parameters; read here, one side after the other,
+            if None.
 
     Raises:
-        ValueError: if the manifest or the networks cannot be read.
+        ValueError: if the list or the networks cannot be read, or the voice hook fails.
         OSError: if a file cannot be written.
     """
-    clips = manifest.read(options.manifest)
-    encoders = load(options) if encoders is None else encoders
-    outcomes = []
-    with tqdm(total=len(clips), unit="clip", desc="encode", disable=None) as bar:
-        for group in manifest.by_speaker(clips).values():
-            for outcome in encode_group(options, encoders, group):
-                outcomes.append(outcome)
-                bar.update()
-    return tuple(outcomes)
+    since = time.monotonic()
+    done: list[Outcome] = []
+    with loop.stopping() as stop:
+        try:
+            for outcome in _all(options, encoders, stop):
+                done.append(outcome)
+        except _Stopped:
+            pass
+        finally:
+            shutil.rmtree(options.output / WORK, ignore_errors=True)
+    found = tuple(done)
+    strangers = ()
+    if not stop:
+        shutil.rmtree(options.output / CAPTIONS, ignore_errors=True)
+        strangers = _strangers(options, found)
+    report = outcomes.as_json(
+        found,
+        dataclasses.asdict(options),
+        seconds=time.monotonic() - since,
+        stopped=bool(stop),
+        strangers=strangers,
+    )
+    outcomes.write(options.output, report)
+    return Result(found, strangers, stop[0] if stop else None)
 
 
-def summary(outcomes: Sequence[Outcome], output: Path) -> str:
-    """The result in words: counts, then one line a clip that was left out."""
-    count = Counter(outcome.state for outcome in outcomes)
-    text = f"{output}: wrote {count['written']} of {len(outcomes)} clips"
-    if count["existing"]:
-        text += f", {count['existing']} were there already"
-    left_out = [f"  {o.name}: {o.reason}" for o in outcomes if o.state == "rejected"]
-    if left_out:
-        text += f", left out {len(left_out)}:"
-    return "\n".join([text, *left_out])
+def run(options: Options, encoders: Encoders | None = None) -> tuple[Outcome, ...]:
+    """`process`, for callers that want the outcomes alone.
+
+    Raises:
+        KeyboardInterrupt: if a signal ended it early.
+    """
+    result = process(options, encoders)
+    if result.signal is not None:
+        raise KeyboardInterrupt
+    return result.outcomes
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Read a folder of latents and say what is wrong with it.
+
+    Attributes:
+        validate: the folder; those of its buckets are found in it.
+    """
+
+    validate: Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: status 0, or 1 if a clip was left out; usage errors are 2."""
-    options = tyro.cli(Options, args=argv, prog="python -m idlora_jax.data.preprocess")
-    outcomes = run(options)
-    print(summary(outcomes, options.output))
-    failed = any(outcome.state == "rejected" for outcome in outcomes)
+    """The command line.
+
+    Returns:
+        0; 1 if no clip is there in the end, or with `--strict` if one was left out, or
+        if `--validate` found something wrong; 128 and the signal's number if stopped.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    prog = "python -m idlora_jax.data.preprocess"
+    if any(word.partition("=")[0] == "--validate" for word in argv):
+        wanted = tyro.cli(Validation, args=argv, prog=prog)
+        return 0 if validate.run(wanted.validate) else commandline.FAILURE
+    options = tyro.cli(Options, args=argv, prog=prog)
+    result = process(options)
+    print(summary(result.outcomes, options.output, result.strangers))
+    if result.signal is not None:
+        print("stopped; go on with --skip-existing")
+        return 128 + result.signal
+    bad = [o for o in result.outcomes if o.state == "rejected"]
+    failed = len(bad) == len(result.outcomes) or (options.strict and bad)
     return commandline.FAILURE if failed else 0
 
 
