@@ -2,7 +2,8 @@
 
 An adapter has the shape of the parameters with each adapted kernel [.. I O] replaced by
 {a: [.. I R], b: [.. R O]}. It is unscaled while trained; `scale` folds alpha / R (or a
-strength) into b. The forward pass reads it as the `lora` variable collection.
+strength) into b. The forward pass reads it as the `lora` variable collection, where a
+pair may also hold what dropout needs (`with_dropout`).
 
 Source: LoRA, arXiv 2106.09685, equation 3; defaults of peft's LoraLayer.
 """
@@ -10,13 +11,13 @@ Source: LoRA, arXiv 2106.09685, equation 3; defaults of peft's LoraLayer.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from idlora_jax import quantized
 from idlora_jax.config import AUDIO_TARGETS
@@ -73,15 +74,22 @@ def select(params: Tree, targets: tuple[str, ...]) -> list[str]:
     return [p for p in paths if any(matches(p, t) for t in targets)]
 
 
+def _module(path: str) -> str:
+    return path.removesuffix("/kernel")
+
+
 def init(
-    key: Array, params: Tree, rank: int, targets: tuple[str, ...] = AUDIO_TARGETS
+    key: Array,
+    params: Tree,
+    rank: int | Callable[[str], int],
+    targets: tuple[str, ...] = AUDIO_TARGETS,
 ) -> Adapter:
     """A new adapter: a uniform in +-1/sqrt(I), b zero, float32.
 
     Args:
         key: random key.
         params: the base, or its `jax.eval_shape`.
-        rank: R >= 1.
+        rank: R >= 1, for all or by a module's path (`Lora.rank_of`).
         targets: see `select`.
 
     Raises:
@@ -89,31 +97,81 @@ def init(
 
     Source: peft LoraLayer.reset_lora_parameters (Kaiming uniform, a = sqrt 5).
     """
-    if rank < 1:
-        raise ValueError(f"adapters.init: rank must be at least 1, got {rank}")
     leaves = dict(_leaves(params))
     paths = select(params, targets)
 
     def pair(k: Array, path: str) -> dict[str, Array]:
         *stack, wide, out = leaves[path].shape
+        r = rank(_module(path)) if callable(rank) else rank
+        if r < 1:
+            raise ValueError(f"adapters.init: rank must be at least 1, got {r}")
         bound = 1.0 / np.sqrt(wide)
-        a = jax.random.uniform(k, (*stack, wide, rank), minval=-bound, maxval=bound)
-        return {"a": a, "b": jnp.zeros((*stack, rank, out))}
+        a = jax.random.uniform(k, (*stack, wide, r), minval=-bound, maxval=bound)
+        return {"a": a, "b": jnp.zeros((*stack, r, out))}
 
     keys = jax.random.split(key, len(paths))
     return _nest((p, pair(k, p)) for k, p in zip(keys, paths, strict=True))
 
 
-def scale(adapter: Adapter, factor: float | Array) -> Adapter:
-    """Multiply the change by `factor` (alpha / rank, or a strength): b * factor."""
+def require_used(paths: Iterable[str], patterns: Iterable[str]) -> None:
+    """Refuse patterns that fit no adapted module.
 
-    def one(pair: Tree) -> dict[str, Any]:
-        b = jnp.asarray(pair["b"])
+    Args:
+        paths: of the adapted kernels, from `select`.
+        patterns: of ranks or alphas.
+
+    Raises:
+        ValueError: naming them, and the modules.
+    """
+    modules = [_module(path) for path in paths]
+    unused = [p for p in patterns if not fnmatch.filter(modules, p)]
+    if unused:
+        near = sorted({m.rpartition("/")[0] for m in modules})
+        raise ValueError(
+            f"adapters: no adapted module matches {unused}; modules are in {near}"
+        )
+
+
+Factor = float | Array | Callable[[str, int], float]
+
+
+def scale(adapter: Adapter, factor: Factor) -> Adapter:
+    """Multiply the change by `factor` (alpha / rank, or a strength): b * factor.
+
+    Args:
+        adapter: to be scaled.
+        factor: for all, or by a module's path and rank (`Lora.factor`).
+    """
+
+    def one(path: str, pair: Tree) -> dict[str, Any]:
+        b, rank = jnp.asarray(pair["b"]), pair["a"].shape[-1]
+        own = factor(_module(path), rank) if callable(factor) else factor
         # In float32 and rounded once: a bfloat16 factor would be rounded itself.
-        product = b.astype(jnp.float32) * jnp.float32(factor)
+        product = b.astype(jnp.float32) * jnp.float32(own)
         return {"a": pair["a"], "b": product.astype(b.dtype)}
 
-    return jax.tree.map(one, adapter, is_leaf=_is_pair)
+    return _nest((path, one(path, pair)) for path, pair in _leaves(adapter))
+
+
+def with_dropout(adapter: Adapter, key: PRNGKeyArray, rate: float) -> Tree:
+    """The `lora` collection of one training step: inputs of pairs are left out.
+
+    Args:
+        adapter: scaled.
+        key: of what is left out; each module and layer has its own part of it.
+        rate: the probability, 0 or more and below 1.
+    """
+    leaves = dict(_leaves(adapter))
+    keys = jax.random.split(key, len(leaves))
+
+    def one(k: Array, pair: Tree) -> dict[str, Any]:
+        stack = pair["a"].shape[:-2]
+        own = jax.random.key_data(jax.random.split(k, stack))
+        return {**pair, "key": own, "rate": jnp.full(stack, rate, jnp.float32)}
+
+    return _nest(
+        (path, one(k, leaves[path])) for path, k in zip(leaves, keys, strict=True)
+    )
 
 
 def stack(*adapters: Adapter) -> Adapter:

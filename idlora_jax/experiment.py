@@ -8,21 +8,22 @@ overrides single fields.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from idlora_jax.config import AUDIO_TARGETS
+from idlora_jax.settings import require
 
 Numerics = Literal["exact", "reference"]
-
-
-def require(ok: bool, name: str, got: Any, expected: str) -> None:
-    """Raise `ValueError` unless a setting is as expected."""
-    if not ok:
-        raise ValueError(f"{name}: got {got!r}, expected {expected}")
+StrategyName = Literal[
+    "audio_ref_only_ic", "text_to_video", "video_to_video", "audio_video_ic"
+]
 
 
 @dataclass(frozen=True)
@@ -31,35 +32,68 @@ class Strategy:
 
     Attributes:
         name: which streams are built.
+        with_audio: whether "text_to_video" trains the clips' sound too.
         first_frame_p: probability that the first latent frame is given.
         coin: one draw for that per sample, or one for the whole batch (as published).
         video_sees_ref: whether audio-to-video attention reads the reference.
         ref_sees_text: whether reference tokens read the prompt.
-        negative_positions: the reference lies before zero seconds, else on the plain
-            grid from zero.
-        gap_s: seconds between the reference's end and zero.
+        negative_positions: an audio reference lies before zero seconds, else on the
+            plain grid from zero.
+        negative_video: a video reference lies before zero seconds, else at the clip's
+            own time.
+        gap_s: seconds between the end of a reference before zero, and zero.
+        reference_p_drop: probability that a sample is trained without its references,
+            so that guidance away from "no reference" has something to start from.
         sigma: the sampler of noise levels: of the generation "2.0" or "2.3", or
             uniform.
         shared_sigma: video and audio get the same level.
         audio_weight: factor of the audio loss.
     """
 
-    name: Literal["audio_ref_only_ic", "text_to_video"] = "audio_ref_only_ic"
+    name: StrategyName = "audio_ref_only_ic"
+    with_audio: bool = True
     first_frame_p: float = 0.9
     coin: Literal["sample", "batch"] = "batch"
     video_sees_ref: bool = False
     ref_sees_text: bool = False
     negative_positions: bool = True
+    negative_video: bool = False
     gap_s: float = 0.04
+    reference_p_drop: float = 0.0
     sigma: Literal["2.0", "2.3", "uniform"] = "2.0"
     shared_sigma: bool = True
     audio_weight: float = 1.0
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        p = self.first_frame_p
-        require(0 <= p <= 1, "strategy.first_frame_p", p, "0 to 1")
+        for name in ("first_frame_p", "reference_p_drop"):
+            p = getattr(self, name)
+            require(0 <= p <= 1, f"strategy.{name}", p, "0 to 1")
         require(self.gap_s >= 0, "strategy.gap_s", self.gap_s, "0 or more seconds")
+        weight = self.audio_weight
+        require(weight >= 0, "strategy.audio_weight", weight, "0 or more")
+
+
+def patterns(name: str, rows: tuple[str, ...]) -> dict[str, float]:
+    """`("blocks/audio/ff/*=64",)` -> `{"blocks/audio/ff/*": 64.0}`.
+
+    Raises:
+        ValueError: for a row of another form, or a value that is not above 0.
+    """
+    out: dict[str, float] = {}
+    for row in rows:
+        pattern, _, text = row.rpartition("=")
+        good = bool(pattern) and re.fullmatch(r"\d+(\.\d+)?", text) is not None
+        good = good and float(text) > 0
+        require(good, name, row, '"pattern=number", the number above 0')
+        out[pattern] = float(text)
+    return out
+
+
+def _first(table: dict[str, float], module: str, default: float) -> float:
+    """The value of the first pattern that fits."""
+    fits = (v for p, v in table.items() if fnmatch.fnmatchcase(module, p))
+    return next(fits, default)
 
 
 @dataclass(frozen=True)
@@ -70,51 +104,136 @@ class Lora:
         rank: R.
         alpha: the change is scaled by alpha / rank.
         targets: patterns of adapted modules; see `adapters.select`.
+        ranks: other ranks, as "pattern=rank"; the first pattern that fits decides.
+        alphas: other alphas, as "pattern=alpha".
+        rslora: scale by alpha / sqrt(rank) instead, so that a larger rank does not
+            make the change smaller (arXiv 2312.03732).
+        dropout: probability that an input of an adapter is left out in training.
         seed: of its initial values.
     """
 
     rank: int = 128
     alpha: float = 128.0
     targets: tuple[str, ...] = AUDIO_TARGETS
+    ranks: tuple[str, ...] = ()
+    alphas: tuple[str, ...] = ()
+    rslora: bool = False
+    dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.rank >= 1, "lora.rank", self.rank, "1 or more")
         require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
+        good = 0 <= self.dropout < 1
+        require(good, "lora.dropout", self.dropout, "0 or more, below 1")
+        patterns("lora.alphas", self.alphas)
+        for pattern, rank in patterns("lora.ranks", self.ranks).items():
+            require(rank == int(rank), f"lora.ranks {pattern}", rank, "a whole number")
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module, given its path."""
+        table = patterns("lora.ranks", self.ranks)
+        return int(_first(table, module, float(self.rank)))
+
+    def factor(self, module: str, rank: int) -> float:
+        """What the change of a module of that rank is multiplied with."""
+        alpha = _first(patterns("lora.alphas", self.alphas), module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with decoupled weight decay, after clipping.
+    """How gradients change what is trained; see `optimizers`.
 
     Attributes:
-        learning_rate: at the first step.
-        schedule: how it changes over `TrainConfig.steps`.
+        name: the method.
+        learning_rate: the highest; for prodigy a factor of what it finds, about 1.
+        schedule: how the rate changes after the warm-up, until `TrainConfig.steps`.
+        warmup: steps over which it rises from 0.
         end_factor: the last learning rate over the first.
+        power: of the polynomial schedule.
+        cycle: steps of the first cycle of restarts; None: a quarter of all.
+        cycle_growth: each cycle of restarts is this many times as long.
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
-        weight_decay: times the learning rate.
+        weight_decay: decoupled, times the learning rate.
         clip: largest global norm of the gradient; None: no clipping.
         accumulation: batches per step.
+        b_ratio: learning rate of an adapter's b over that of its a (LoRA+).
     """
 
+    name: Literal["adamw", "adamw8bit", "lion", "prodigy", "schedule_free"] = "adamw"
     learning_rate: float = 2e-4
-    schedule: Literal["linear", "constant", "cosine"] = "linear"
+    schedule: Literal["linear", "constant", "cosine", "restarts", "polynomial"] = (
+        "linear"
+    )
+    warmup: int = 0
     end_factor: float = 0.1
+    power: float = 1.0
+    cycle: int | None = None
+    cycle_growth: int = 1
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip: float | None = 1.0
     accumulation: int = 1
+    b_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check ranges, and what does not go together."""
         rate, n = self.learning_rate, self.accumulation
         require(rate >= 0, "optimizer.learning_rate", rate, "0 or more")
         require(n >= 1, "optimizer.accumulation", n, "1 or more")
         good = self.clip is None or self.clip > 0
         require(good, "optimizer.clip", self.clip, "above 0, or None")
+        good = all(0 <= beta < 1 for beta in self.betas)
+        require(good, "optimizer.betas", self.betas, "two numbers from 0, below 1")
+        for name in ("end_factor", "warmup", "eps", "weight_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name}", value, "0 or more")
+        for name in ("power", "b_ratio"):
+            value = getattr(self, name)
+            require(value > 0, f"optimizer.{name}", value, "above 0")
+        for name in ("cycle", "cycle_growth"):
+            value = getattr(self, name)
+            good = value is None or value >= 1
+            require(good, f"optimizer.{name}", value, "1 or more")
+        self._check_method()
+
+    def _check_method(self) -> None:
+        if self.name == "prodigy":
+            got = self.learning_rate
+            want = "a factor of about 1 (0.1 or more): prodigy finds the rate itself"
+            require(got >= 0.1, "optimizer.learning_rate", got, want)
+            want = "1: prodigy finds one rate for all"
+            require(self.b_ratio == 1, "optimizer.b_ratio", self.b_ratio, want)
+        if self.name == "schedule_free":
+            want = "constant (a warm-up may stand before): schedule_free averages"
+            require(
+                self.schedule == "constant", "optimizer.schedule", self.schedule, want
+            )
+            want = "a first one above 0: schedule_free divides by it"
+            require(self.betas[0] > 0, "optimizer.betas", self.betas, want)
+
+
+@dataclass(frozen=True)
+class Ema:
+    """An exponential moving average of what is trained, exported beside it.
+
+    Attributes:
+        decay: of the average at each step, such as 0.999; None: no average.
+        start: steps until which the average is the last value.
+    """
+
+    decay: float | None = None
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        good = self.decay is None or 0 < self.decay < 1
+        require(good, "ema.decay", self.decay, "above 0 and below 1, or None")
+        require(self.start >= 0, "ema.start", self.start, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -146,14 +265,18 @@ class TrainConfig:
         base: the base checkpoint (one .safetensors file, or a converted folder).
         data: folder of the published latent layout, or a TFDS data set of it.
         output: folder for the log, the training state and the exported adapters.
+        mode: what is trained: an adapter, or (full) every parameter of the transformer,
+            which needs 16 bytes for each of them; `lora` is not read then.
         strategy: how training samples are made.
         lora: the adapter.
         optimizer: how it is updated.
+        ema: its moving average.
         steps: updates of the adapter.
         batch_size: clips per batch.
         seed: of shuffling, noise levels and noise.
         save_every: steps between saves; the last step is always saved.
         keep: how many training states are kept (exported adapters all are).
+        keep_best: how many of those with the lowest held-out loss are kept besides.
         log_every: steps between log lines.
         numerics: how positions are made; see `geometry.positions`.
         remat: what the backward pass keeps: everything but weights, some
@@ -164,20 +287,26 @@ class TrainConfig:
             in `dtype`, or kept and widened a layer at a time (half the memory).
         heldout: the fixed evaluation.
         resume: continue from the newest state in `output`.
+        resume_with: names of settings, such as "seed" or "optimizer", that may differ
+            from those of that state; "base" and "clips" stand for other weights and
+            other data.
         verify: first read the whole base and compare it with its recorded hashes.
     """
 
     base: Path
     data: Path
     output: Path
+    mode: Literal["lora", "full"] = "lora"
     strategy: Strategy = field(default_factory=Strategy)
     lora: Lora = field(default_factory=Lora)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    ema: Ema = field(default_factory=Ema)
     steps: int = 3000
     batch_size: int = 1
     seed: int = 0
     save_every: int = 200
     keep: int = 2
+    keep_best: int = 1
     log_every: int = 1
     numerics: Numerics = "exact"
     remat: Literal["none", "selective", "full"] = "full"
@@ -185,6 +314,7 @@ class TrainConfig:
     fp8: Literal["upcast", "keep"] = "upcast"
     heldout: HeldOut = field(default_factory=HeldOut)
     resume: bool = False
+    resume_with: tuple[str, ...] = ()
     verify: bool = False
 
     def __post_init__(self) -> None:
@@ -192,6 +322,23 @@ class TrainConfig:
         for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
             value = getattr(self, name)
             require(value >= 1, name, value, "1 or more")
+        require(self.keep_best >= 0, "keep_best", self.keep_best, "0 or more")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        optimizer, warmup = self.optimizer, self.optimizer.warmup
+        want = f"fewer than the {self.steps} steps"
+        require(warmup < self.steps, "optimizer.warmup", warmup, want)
+        if optimizer.name == "schedule_free":
+            want = "None: what schedule_free exports is an average already"
+            require(self.ema.decay is None, "ema.decay", self.ema.decay, want)
+        if self.mode == "full":
+            want = "upcast: parameters kept in 8 bits cannot be trained"
+            require(self.fp8 == "upcast", "fp8", self.fp8, want)
+            want = "1: in mode full there is no adapter"
+            require(
+                optimizer.b_ratio == 1, "optimizer.b_ratio", optimizer.b_ratio, want
+            )
 
 
 def plain(config: Any) -> Any:

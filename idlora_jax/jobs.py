@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from idlora_jax import (
     adapters,
+    as_trained,
     checkpoints,
     codecs,
     continuation,
@@ -295,7 +296,12 @@ def check(config: SampleConfig, found: Opened | None = None) -> tuple[Job, Input
             "give it by --prompt"
         )
     found = opened(config) if found is None else found
-    plan = plan_of(config)
+    plan = as_trained.applied(
+        plan_of(config),
+        found.metas,
+        masks=config.masks,
+        rounding=config.position_rounding,
+    )
     for stage in plan.stages:
         guidance.branches(stage.terms, found.nets.transformer.layers)
     image = None

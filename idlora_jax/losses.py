@@ -9,6 +9,7 @@ recorded ones run through the same functions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -35,6 +36,20 @@ def masked_mse(
     diff = jnp.where(keep, diff, 0.0)
     count = jnp.sum(mask) * pred.shape[-1]
     return jnp.sum(diff * diff) / jnp.maximum(count, 1)
+
+
+def by_level(
+    name: str, values: Float[Array, " n"], sigmas: Sequence[float]
+) -> dict[str, float]:
+    """A loss at each noise level, by names such as `video_loss@0.25`.
+
+    Args:
+        name: of the loss.
+        values: what it is at each level.
+        sigmas: the levels.
+    """
+    pairs = zip(sigmas, values, strict=True)
+    return {f"{name}@{sigma:g}": float(value) for sigma, value in pairs}
 
 
 class SigmaDraws(NamedTuple):

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from idlora_jax import geometry, guidance, schedules, solvers
 from idlora_jax.denoise import Mode
 from idlora_jax.guidance import Term
+from idlora_jax.references import USUAL, Placing
 from idlora_jax.solvers import Solver
 from idlora_jax.types import AV, Branch, Layout, Numerics
 
@@ -86,6 +87,30 @@ RECIPES: Mapping[str, Callable[[Sigmas, Layout, Numerics], np.ndarray]] = {
     "distilled": lambda *_: schedules.distilled(),
     "stage2_distilled": lambda *_: schedules.stage2_distilled(),
 }
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Noise levels of one's own, used as they are.
+
+    Attributes:
+        values: falling, the first at most 1, the last usually 0.
+    """
+
+    values: tuple[Real, ...]
+
+    @property
+    def steps(self) -> int:
+        """How many steps they make."""
+        return len(self.values) - 1
+
+    def table(
+        self, layout: Layout, numerics: Numerics = "exact"
+    ) -> Float[np.ndarray, " N"]:
+        """The levels; the size of the clip does not matter."""
+        return np.array(self.values, np.float32)
+
+
 PLAIN = Branch()
 ALWAYS = (0.0, 1.0)
 """The window of all noise levels."""
@@ -97,12 +122,13 @@ class Stage:
 
     Attributes:
         name: for messages and records.
-        solver: one of `SOLVERS`.
+        solver: one of `SOLVERS`, or one's own.
         sigmas: the noise levels.
         terms: guidance directions; each costs a forward pass per model call.
         scales: (video, audio) per term.
         adapters: (name, strength) of the adapters in use.
         positive: what the positive pass does; the terms' passes start from it.
+        placing: where references lie.
         branches: how the passes of a step are laid out; results are equal.
         rescale: share, for video and audio, by which guidance's change of deviation is
             undone; None: off.
@@ -113,18 +139,20 @@ class Stage:
     """
 
     name: str
-    solver: str = "euler"
-    sigmas: Sigmas = Sigmas()
+    solver: str | Solver = "euler"
+    sigmas: Sigmas | Levels = Sigmas()
     terms: tuple[Term, ...] = ()
     scales: tuple[Scale, ...] = ()
     adapters: tuple[tuple[str, Real], ...] = ()
     positive: Branch = PLAIN
+    placing: Placing = USUAL
     branches: Mode = "sweep"
     rescale: tuple[Real, Real] | None = None
     refines: bool = False
 
     def __post_init__(self) -> None:
-        _known("solver", self.solver, [*SOLVERS])
+        if isinstance(self.solver, str):
+            _known("solver", self.solver, [*SOLVERS])
         if len(self.terms) != len(self.scales):
             raise ValueError(
                 f"plans: stage {self.name!r} has {len(self.terms)} terms and "
@@ -155,6 +183,12 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.stages or self.stages[0].refines:
             raise ValueError("plans: a plan needs a first stage that does not refine")
+
+
+def solver_of(stage: Stage) -> Solver:
+    """The stage's solver."""
+    solver = stage.solver
+    return SOLVERS[solver]() if isinstance(solver, str) else solver
 
 
 def without_reference(stage: Stage) -> Stage:

@@ -7,75 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from idlora_jax.experiment import Numerics, require
+from idlora_jax.settings import Guidance
 
 NEGATIVE_PROMPT = (
     "blurry or flickering picture, deformed face, stiff or mismatched lips, captions, "
     "watermark, cuts, noisy, muffled or echoing voice, music"
 )
 """Ours and short; the published scripts use a long one (give it by its option)."""
-
-Window = tuple[float, float]
-"""(lowest, highest) noise level at which a term has its scale; elsewhere it is off."""
-ALWAYS: Window = (0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How far predictions are pushed; see `plans.Scales`.
-
-    Attributes:
-        video_cfg: towards the prompt, video; 1 is off.
-        audio_cfg: towards the prompt, audio; 1 is off.
-        identity: towards the reference voice; 0 is off.
-        stg: away from skipped self-attention; 0 is off.
-        stg_layer: where it is skipped, counted from 0.
-        bimodal: towards video and audio that fit each other; 1 is off.
-        video_star: whether the negative prediction is scaled first (CFG-star), video.
-        audio_star: the same, audio.
-        text_window: noise levels at which text guidance is on.
-        identity_window: the same of identity guidance.
-        stg_window: the same of STG.
-        bimodal_window: the same of the bimodal term.
-        video_rescale: share by which guidance's change of deviation is undone, video.
-        audio_rescale: the same, audio.
-        apg: whether text guidance is projected (APG) instead of added as it is.
-        apg_eta: factor of the part along the positive prediction.
-        apg_norm: longest direction per sample; 0: any.
-        apg_momentum: factor of the running sum of directions; 0: none.
-    """
-
-    video_cfg: float = 3.0
-    audio_cfg: float = 7.0
-    identity: float = 3.0
-    stg: float = 1.0
-    stg_layer: int = 29
-    bimodal: float = 3.0
-    video_star: bool = False
-    audio_star: bool = False
-    text_window: Window = ALWAYS
-    identity_window: Window = ALWAYS
-    stg_window: Window = ALWAYS
-    bimodal_window: Window = ALWAYS
-    video_rescale: float = 0.0
-    audio_rescale: float = 0.0
-    apg: bool = False
-    apg_eta: float = 1.0
-    apg_norm: float = 0.0
-    apg_momentum: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for name in ("text", "identity", "stg", "bimodal"):
-            low, high = getattr(self, f"{name}_window")
-            text = "low <= high, both from 0 to 1"
-            good = 0 <= low <= high <= 1
-            require(good, f"guidance.{name}_window", (low, high), text)
-        for name in ("video_rescale", "audio_rescale"):
-            share = getattr(self, name)
-            require(0 <= share <= 1, f"guidance.{name}", share, "0 to 1")
-        star = self.video_star or self.audio_star
-        require(not (self.apg and star), "guidance.apg", True, "APG or CFG-star")
-
 
 REFINING = ("two_stage", "two_stage_hq")
 """Plans whose second stage works at twice the size."""
@@ -95,6 +33,10 @@ class SampleConfig:
         lora: adapter files.
         lora_strength: one factor per file; none: 1 each. A refining stage uses none of
             these files.
+        masks: whether attention hides of the reference what it hid in training, for
+            adapters that record it; off as published.
+        position_rounding: whether positions have the bfloat16 steps of training, for
+            adapters that record them.
         plan: which pipeline; see `plans`.
         upsampler: the latent upsampler, for plans that refine.
         distilled_lora: for plans that refine, and for "distilled" on a base that is not
@@ -150,6 +92,8 @@ class SampleConfig:
     input_dir: Path | None = None
     lora: tuple[Path, ...] = ()
     lora_strength: tuple[float, ...] = ()
+    masks: Literal["off", "as_trained"] = "off"
+    position_rounding: Literal["off", "as_trained"] = "off"
     plan: Literal["one_stage", "two_stage", "two_stage_hq", "distilled"] = "one_stage"
     upsampler: Path | None = None
     distilled_lora: Path | None = None

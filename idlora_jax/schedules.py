@@ -4,19 +4,20 @@ A sigma table holds steps + 1 falling noise levels from 1 (noise) to 0 (data), b
 the host: sampling scans over it, so another table of the same length never recompiles.
 `ltx2` shifts an even grid s towards noise, `e / (e + 1/s - 1)` with `e = exp(mu)` and
 mu growing with the number of tokens, and stretches it so that the last level above zero
-is `terminal`. Learning-rate schedules are optax's, wrapped under the names of the
-training configuration.
+is `terminal`. Learning-rate schedules are optax's where it has them, under the names of
+the training configuration.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.stats
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 Real = float | int
 FEW_TOKENS, MANY_TOKENS = 1024, 4096
@@ -166,14 +167,59 @@ def linear_decay(lr: Real, steps: int, end_factor: Real = 0.1) -> optax.Schedule
     return optax.linear_schedule(lr, lr * end_factor, steps)
 
 
-def cosine(
-    lr: Real, steps: int, *, warmup: int = 0, end_factor: Real = 0.0
-) -> optax.Schedule:
-    """Rise from 0 over `warmup` steps, then fall along a cosine until `steps`."""
+def cosine(lr: Real, steps: int, *, end_factor: Real = 0.0) -> optax.Schedule:
+    """From `lr` to `lr * end_factor` along half a cosine, constant afterwards.
+
+    Source: ltx_trainer/trainer.py: CosineAnnealingLR.
+    """
     _check_steps("cosine", steps)
-    if not 0 <= warmup < steps:
-        raise ValueError(
-            f"cosine: warmup must be below steps, got warmup={warmup}, steps={steps}"
-        )
-    start = 0.0 if warmup else lr
-    return optax.warmup_cosine_decay_schedule(start, lr, warmup, steps, lr * end_factor)
+    return optax.cosine_decay_schedule(lr, steps, alpha=end_factor)
+
+
+def restarts(
+    lr: Real, steps: int, *, cycle: int, growth: int = 1, end_factor: Real = 0.0
+) -> optax.Schedule:
+    """Half cosines from `lr` down, one after the other.
+
+    Args:
+        lr: at the begin of each.
+        steps: for which there are cycles.
+        cycle: steps of the first one, at least 1.
+        growth: each next one is this many times as long.
+        end_factor: a cycle falls towards `lr * end_factor`.
+
+    Source: ltx_trainer/trainer.py: CosineAnnealingWarmRestarts; arXiv 1608.03983.
+    """
+    _check_steps("restarts", min(cycle, steps))
+    starts, lengths = [0], [cycle]
+    while starts[-1] + lengths[-1] <= steps:
+        starts.append(starts[-1] + lengths[-1])
+        lengths.append(lengths[-1] * growth)
+    begins, sizes = jnp.asarray(starts), jnp.asarray(lengths)
+
+    def rate(count: Any) -> Array:
+        at = jnp.searchsorted(begins, count, side="right") - 1
+        part = (count - begins[at]) / sizes[at]
+        fall = 0.5 * (1 + jnp.cos(jnp.pi * part))
+        return lr * (end_factor + (1 - end_factor) * fall)
+
+    return rate
+
+
+def polynomial(
+    lr: Real, steps: int, *, power: Real = 1.0, end_factor: Real = 0.0
+) -> optax.Schedule:
+    """From `lr` to `lr * end_factor` as (1 - t / steps)^power, constant afterwards.
+
+    Source: ltx_trainer/trainer.py: PolynomialLR.
+    """
+    _check_steps("polynomial", steps)
+    return optax.polynomial_schedule(lr, lr * end_factor, power, steps)
+
+
+def warmed(after: optax.Schedule, warmup: int) -> optax.Schedule:
+    """Rise from 0 to a schedule's first value over `warmup` steps, then follow it."""
+    if warmup == 0:
+        return after
+    up = optax.linear_schedule(0.0, np.asarray(after(0)).item(), warmup)
+    return optax.join_schedules([up, after], [warmup])

@@ -17,7 +17,9 @@ import numpy as np
 from jaxtyping import Array
 
 from idlora_jax import geometry, keys, streams
+from idlora_jax import references as refs
 from idlora_jax.keys import Keys
+from idlora_jax.references import USUAL, Placing
 from idlora_jax.types import AV, Layout, Numerics, Stream, VideoGrid, each
 
 LARGER = 2
@@ -37,6 +39,9 @@ class Request(NamedTuple):
             several of the end of another clip; or a tuple, one per stage, encoded at
             its size; None: free.
         first_audio: audio latents [B t M C] the clip begins with; None: free.
+        video_reference: video latents [B f h w C] of another clip at the same frame
+            rate, for adapters trained with one; its sides are the clip's, or those
+            divided by one whole number; None: no such reference.
         noise: `AV` of standard normal [B T C] in the streams' order (targets, then
             reference rows, which are not used), or one per stage; None: drawn from
             the key.
@@ -47,6 +52,7 @@ class Request(NamedTuple):
     first_frame: Any = None
     noise: Any = None
     first_audio: Any = None
+    video_reference: Any = None
 
 
 def of_stage(request: Request, stage: int) -> Request:
@@ -54,7 +60,7 @@ def of_stage(request: Request, stage: int) -> Request:
 
     Args:
         request: see `Request`.
-        stage: its number; only the first takes the reference.
+        stage: its number; only the first takes the references.
 
     Raises:
         ValueError: if a first frame or noise for this stage is missing.
@@ -122,13 +128,20 @@ def target_counts(layout: Layout) -> AV:
     return each(geometry.tokens, AV(layout.video, layout.audio))
 
 
-def start(request: Request, layout: Layout, *, numerics: Numerics = "exact") -> AV:
+def start(
+    request: Request,
+    layout: Layout,
+    *,
+    numerics: Numerics = "exact",
+    placing: Placing = USUAL,
+) -> AV:
     """The streams of a request, still without noise.
 
     Args:
         request: see `Request`.
         layout: the clip; a modality may be absent.
         numerics: how positions are made.
+        placing: where references lie.
 
     Raises:
         ValueError: if first frame or reference do not fit the layout.
@@ -139,15 +152,18 @@ def start(request: Request, layout: Layout, *, numerics: Numerics = "exact") -> 
     batch = len(text.video if text.audio is None else text.audio)
 
     def target(grid: Any) -> Stream:
-        return streams.target(None, grid, batch=batch, numerics=numerics)
+        return streams.target(None, grid, batch=batch, **placing.how(numerics))
 
     video, audio = each(target, AV(layout.video, layout.audio))
     if request.first_frame is not None:
         video = _with_first_frame(video, request.first_frame, layout)
     if request.first_audio is not None:
         audio = _with_first_audio(audio, request.first_audio, layout)
+    where = {"placing": placing, "numerics": numerics}
+    if request.video_reference is not None:
+        video = _with_video_reference(video, request.video_reference, layout, **where)
     if request.reference is not None:
-        audio = _with_references(audio, references(request), layout, numerics)
+        audio = _with_references(audio, references(request), layout, **where)
     return AV(video, audio)
 
 
@@ -185,20 +201,41 @@ def _with_first_audio(s: Stream | None, sound: Array, layout: Layout) -> Stream:
 
 
 def _with_references(
-    s: Stream | None, segments: tuple[Any, ...], layout: Layout, numerics: Numerics
+    s: Stream | None,
+    segments: tuple[Any, ...],
+    layout: Layout,
+    *,
+    placing: Placing,
+    numerics: Numerics,
 ) -> Stream:
     if s is None or layout.audio is None:
         raise ValueError("start: a reference was given, but the layout has no audio")
+    if len(segments) > 1 and not placing.audio_before:
+        raise ValueError(
+            f"start: got {len(segments)} references, expected one where references do "
+            "not lie before zero, one before the other; join them"
+        )
     counts = [segment.shape[1] for segment in segments]
     begin = -layout.audio.before / geometry.AUDIO_LATENTS_PER_S
-    ends = geometry.reference_ends(counts, end_s=begin)
+    ends = geometry.reference_ends(counts, gap_s=placing.gap_s, end_s=begin)
     for segment, end in zip(segments, ends, strict=True):
-        pos = geometry.reference_positions(
-            segment.shape[1], end_s=end, numerics=numerics
-        )
-        tokens = geometry.patchify_audio(segment)
-        s = streams.add_reference(s, tokens, jnp.asarray(pos))
+        s = refs.add_audio(s, segment, placing, end_s=end, numerics=numerics)
     return s
+
+
+def _with_video_reference(
+    s: Stream | None,
+    ref: Array,
+    layout: Layout,
+    *,
+    placing: Placing,
+    numerics: Numerics,
+) -> Stream:
+    if s is None or layout.video is None:
+        raise ValueError(
+            "start: a video reference was given, but the layout has no video"
+        )
+    return refs.add_video(s, ref, layout.video, placing, numerics=numerics)
 
 
 def draw_noise(key: Keys, s: AV) -> AV:

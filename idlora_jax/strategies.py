@@ -12,21 +12,28 @@ and the velocity to predict is n - c.
 
     text_to_video       video, first frame given at times; audio if the batch has it
     audio_ref_only_ic   the same, and a reference before the audio's first second
+    video_to_video      video with a video reference; no audio
+    audio_video_ic      video with a video reference, audio with an audio reference
 
-Source: ltx_trainer/training_strategies/: text_to_video.py, audio_ref_only_ic.py.
+Which of these a mode has is a row of `MODES`.
+
+Source: ltx_trainer/training_strategies/: text_to_video.py, audio_ref_only_ic.py,
+    video_to_video.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from idlora_jax import geometry, losses, streams
-from idlora_jax.experiment import Strategy
+from idlora_jax import geometry, losses, references, streams
+from idlora_jax.experiment import Strategy, StrategyName
+from idlora_jax.references import Placing
 from idlora_jax.types import (
     AV,
     AudioGrid,
@@ -42,6 +49,41 @@ from idlora_jax.types import (
 Real = float | int
 
 
+@dataclass(frozen=True)
+class Mode:
+    """What a training mode reads of a clip beside its video and prompt.
+
+    Attributes:
+        audio: its own sound.
+        reference: another recording of its speaker; not without `audio`.
+        video_reference: another video.
+    """
+
+    audio: bool = True
+    reference: bool = False
+    video_reference: bool = False
+
+    @property
+    def in_context(self) -> bool:
+        """Whether there is any reference."""
+        return self.reference or self.video_reference
+
+
+MODES: Mapping[StrategyName, Mode] = {
+    "text_to_video": Mode(),
+    "audio_ref_only_ic": Mode(reference=True),
+    "video_to_video": Mode(audio=False, video_reference=True),
+    "audio_video_ic": Mode(reference=True, video_reference=True),
+}
+
+
+def mode(spec: Strategy) -> Mode:
+    """The row of a strategy; `text_to_video` may leave the sound away."""
+    row = MODES[spec.name]
+    silent = spec.name == "text_to_video" and not spec.with_audio
+    return replace(row, audio=False) if silent else row
+
+
 class Batch(NamedTuple):
     """Clips of one size as latents, and their prompts after the connectors.
 
@@ -52,6 +94,8 @@ class Batch(NamedTuple):
         prompt: [B S D] and [B S Da].
         audio_length: [B] valid frames where `audio` is padded on the right, or None.
         reference_length: [B], the same for `reference`.
+        video_reference: [B f h w C] or None, at the clip's frame rate; its sides are
+            the clip's, or those divided by one whole number.
     """
 
     video: Float[Array, "B F H W C"]
@@ -60,6 +104,7 @@ class Batch(NamedTuple):
     prompt: Prompt
     audio_length: Int[Array, " B"] | None = None
     reference_length: Int[Array, " B"] | None = None
+    video_reference: Float[Array, "B f h w C"] | None = None
 
 
 class Draws(NamedTuple):
@@ -69,11 +114,14 @@ class Draws(NamedTuple):
         first_frame: [B] whether the first latent frame is given.
         sigma: AV of [B], the noise levels.
         noise: AV of [B T C], for the target tokens.
+        drop_ref: [B] whether the sample is trained without its references, or None
+            where all have them.
     """
 
     first_frame: Bool[Array, " B"]
     sigma: AV
     noise: AV
+    drop_ref: Bool[Array, " B"] | None = None
 
 
 class TrainInputs(NamedTuple):
@@ -110,9 +158,67 @@ def layout(batch: Batch, fps: Real = 25.0) -> Layout:
 
 def branch(spec: Strategy) -> Branch:
     """What the forward pass does, as the sampler says it."""
-    if spec.name == "text_to_video":
+    if not mode(spec).reference:
         return Branch()
     return Branch(video_sees_ref=spec.video_sees_ref, ref_sees_text=spec.ref_sees_text)
+
+
+def placing(spec: Strategy, rounding: geometry.Rounding | None = None) -> Placing:
+    """Where references lie, as the sampler says it.
+
+    Args:
+        spec: the training mode.
+        rounding: of all positions, see `geometry.positions`.
+    """
+    before = spec.negative_positions, spec.negative_video
+    return Placing(spec.gap_s, *before, rounding)
+
+
+def used(batch: Batch, spec: Strategy) -> Batch:
+    """The batch without what the mode does not read.
+
+    Raises:
+        ValueError: if it lacks something that the mode needs.
+    """
+    row = mode(spec)
+    needs = {
+        "audio": (row.reference, "audio_latents"),
+        "reference": (row.reference, "reference_audio_latents"),
+        "video_reference": (row.video_reference, "reference_latents"),
+    }
+    for name, (needed, folder) in needs.items():
+        if needed and getattr(batch, name) is None:
+            raise ValueError(
+                f"{spec.name} needs {name.replace('_', ' ')}, the batch has none; add "
+                f"the folder {folder}/, or choose another strategy.name"
+            )
+    return batch._replace(
+        audio=batch.audio if row.audio else None,
+        audio_length=batch.audio_length if row.audio else None,
+        reference=batch.reference if row.reference else None,
+        reference_length=batch.reference_length if row.reference else None,
+        video_reference=batch.video_reference if row.video_reference else None,
+    )
+
+
+def check_trained(spec: Strategy, modules: Sequence[str]) -> None:
+    """Refuse an adapter none of whose modules a mode without sound passes.
+
+    Args:
+        spec: the training mode.
+        modules: paths of what is trained (`adapters.select`).
+
+    Raises:
+        ValueError: naming modules that would be trained.
+    """
+    of_video = (p for p in modules if "video" in p and "/cross_attn/" not in p)
+    if mode(spec).audio or any(of_video):
+        return
+    parts = (f"blocks/video/{part}/*" for part in ("self_attn", "text_attn", "ff"))
+    raise ValueError(
+        f"lora.targets: {spec.name} reads no sound, and all of the targets are parts "
+        f"that only sound passes; expected some of {', '.join(parts)}"
+    )
 
 
 def _level(
@@ -130,9 +236,13 @@ def draw(key: PRNGKeyArray, batch: Batch, spec: Strategy) -> Draws:
     Args:
         key: random key; `fold_in(key, step)` in training.
         batch: only its shapes are read. Noise levels are shifted by the number of
-            video tokens, for audio too.
+            the clip's video tokens, for audio too.
         spec: the training mode.
+
+    Raises:
+        ValueError: if the batch lacks what the mode needs.
     """
+    batch = used(batch, spec)
     coin, *levels, video, audio = jax.random.split(key, 5)
     size = batch.video.shape[0]
     grids = layout(batch)
@@ -146,54 +256,20 @@ def draw(key: PRNGKeyArray, batch: Batch, spec: Strategy) -> Draws:
     if batch.audio is not None:
         _, frames, bins, channels = batch.audio.shape
         sound = jax.random.normal(audio, (size, frames, bins * channels))
+    drop, share = None, spec.reference_p_drop
+    if mode(spec).in_context and share > 0:
+        drop = jax.random.uniform(jax.random.fold_in(coin, 1), (size,)) < share
     return Draws(
         first_frame=jnp.broadcast_to(toss < spec.first_frame_p, (size,)),
         sigma=AV(sigma, None if sound is None else other),
         noise=AV(noise, sound),
+        drop_ref=drop,
     )
 
 
-def _reference_positions(
-    frames: int, length: Int[Array, " B"] | None, spec: Strategy, numerics: Numerics
-) -> Float[Array, "_ 1 Tr 2"]:
-    """Positions of a reference, [1 1 Tr 2], or [B 1 Tr 2] for padded ones."""
-    if not spec.negative_positions:
-        return jnp.asarray(geometry.positions(AudioGrid(frames), numerics=numerics))
-
-    def of(n: int) -> np.ndarray:
-        return geometry.reference_positions(n, gap_s=spec.gap_s, numerics=numerics)
-
-    if length is None:
-        return jnp.asarray(of(frames))
-    # The end of each reference, not of its padding, lies `gap_s` before zero.
-    table = np.zeros((frames + 1, 1, frames, 2), np.float32)
-    for n in range(1, frames + 1):
-        table[n, :, :n] = of(n)[0]
-    return jnp.asarray(table)[length]
-
-
-def _add_reference(
-    audio: Stream, batch: Batch, spec: Strategy, numerics: Numerics
-) -> Stream:
-    if batch.reference is None:
-        raise ValueError(
-            "audio_ref_only_ic needs reference audio, the batch has none; add "
-            "reference_audio_latents/ or set strategy.name to text_to_video"
-        )
-    if batch.audio_length is not None:
-        raise ValueError(
-            "audio_ref_only_ic: the clips' own audio differs in length within a "
-            "batch, but the reference follows it directly; cut the clips to one length"
-        )
-    ref = geometry.patchify_audio(batch.reference.astype(jnp.float32))
-    length = batch.reference_length
-    pos = _reference_positions(ref.shape[1], length, spec, numerics)
-    return streams.add_reference(audio, ref, pos, length)
-
-
-def _video(draws: Draws, batch: Batch, grid: VideoGrid, numerics: Numerics) -> Stream:
+def _video(draws: Draws, batch: Batch, grid: VideoGrid, how: dict) -> Stream:
     clean = geometry.patchify(batch.video.astype(jnp.float32))
-    s = streams.target(clean, grid, numerics=numerics)
+    s = streams.target(clean, grid, **how)
     frames, height, width = geometry.latent_shape(grid)
     if frames == 1:  # a still has nothing else to learn from
         return s
@@ -201,12 +277,40 @@ def _video(draws: Draws, batch: Batch, grid: VideoGrid, numerics: Numerics) -> S
     return streams.fix_first_frame(s, frame, where=draws.first_frame)
 
 
-def _audio(batch: Batch, grid: AudioGrid | None, numerics: Numerics) -> Stream | None:
+def _audio(batch: Batch, grid: AudioGrid | None, how: dict) -> Stream | None:
     if grid is None or batch.audio is None:
         return None
     clean = geometry.patchify_audio(batch.audio.astype(jnp.float32))
-    s = streams.target(clean, grid, numerics=numerics)
+    s = streams.target(clean, grid, **how)
     return s._replace(length=batch.audio_length)
+
+
+def _with_references(
+    noisy: AV, batch: Batch, grid: VideoGrid, where: Placing, numerics: Numerics
+) -> AV:
+    """The streams with the batch's references behind the targets."""
+    video, audio = noisy
+    if batch.video_reference is not None:
+        ref = batch.video_reference.astype(jnp.float32)
+        video = references.add_video(video, ref, grid, where, numerics=numerics)
+    if batch.reference is not None:
+        if batch.audio_length is not None:
+            raise ValueError(
+                "strategies: the clips' own audio differs in length within a batch, "
+                "but the reference follows it directly; cut the clips to one length"
+            )
+        ref = batch.reference.astype(jnp.float32)
+        length = {"length": batch.reference_length, "numerics": numerics}
+        audio = references.add_audio(audio, ref, where, **length)
+    return AV(video, audio)
+
+
+def _without(s: Stream, target: Stream, where: Bool[Array, " B"]) -> Stream:
+    """The stream with its reference hidden, if it has one."""
+    tokens = target.x.shape[1]
+    if s.x.shape[1] == tokens:
+        return s
+    return streams.hide_reference(s, tokens, where)
 
 
 def _counted(s: Stream) -> Bool[Array, "B T"]:
@@ -223,6 +327,7 @@ def prepare(
     *,
     fps: Real = 25.0,
     numerics: Numerics = "exact",
+    rounding: geometry.Rounding | None = None,
 ) -> TrainInputs:
     """Build the noisy streams, their velocities and the loss masks.
 
@@ -232,6 +337,7 @@ def prepare(
         spec: the training mode.
         fps: frames per second of the clips.
         numerics: see `geometry.positions`.
+        rounding: of all positions, see there.
 
     Returns:
         Float32 arrays.
@@ -239,20 +345,19 @@ def prepare(
     Raises:
         ValueError: if the batch lacks what the mode needs.
     """
-    grids = layout(batch, fps)
+    batch, where = used(batch, spec), placing(spec, rounding)
+    grids, how = layout(batch, fps), where.how(numerics)
     assert grids.video is not None
-    clean = AV(
-        _video(draws, batch, grids.video, numerics),
-        _audio(batch, grids.audio, numerics),
-    )
+    clean = AV(_video(draws, batch, grids.video, how), _audio(batch, grids.audio, how))
     noisy = each(streams.noise, clean, draws.noise, draws.sigma)
     velocity = each(lambda s, noise: noise - s.clean, clean, draws.noise)
     mask = each(_counted, clean)
-    if spec.name == "audio_ref_only_ic":
-        if noisy.audio is None:
-            raise ValueError("audio_ref_only_ic needs audio, the batch has none")
-        noisy = noisy._replace(audio=_add_reference(noisy.audio, batch, spec, numerics))
-    return TrainInputs(noisy, draws.sigma, velocity, mask, batch.prompt)
+    seen = _with_references(noisy, batch, grids.video, where, numerics)
+    drop = draws.drop_ref
+    if drop is not None:
+        seen = each(lambda s, t: _without(s, t, drop), seen, clean)
+    sigma = each(lambda _, level: level, clean, draws.sigma)
+    return TrainInputs(seen, sigma, velocity, mask, batch.prompt)
 
 
 def targets(inputs: TrainInputs) -> AV:

@@ -119,6 +119,20 @@ def add_reference(
     )
 
 
+def hide_reference(s: Stream, targets: int, where: Bool[Array, " B"]) -> Stream:
+    """Hide the reference of some samples: their keys end with the target's tokens.
+
+    To the target this is the same as dropping those tokens.
+
+    Args:
+        s: a stream with a reference.
+        targets: its static number of target tokens.
+        where: samples to do it for.
+    """
+    shown = s.x.shape[1] if s.length is None else s.length
+    return s._replace(length=jnp.where(where, targets, shown))
+
+
 def noise(s: Stream, noise: Float[Array, "B T C"], sigma: Float[Array, " B"]) -> Stream:
     """Set x to `(1 - sigma) clean + sigma noise` where tokens are denoised.
 

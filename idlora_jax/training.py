@@ -1,10 +1,11 @@
-"""One training step, the fixed evaluation, and the optimizer.
+"""One training step and the fixed evaluation.
 
     loss = mse(velocity of the video's unfixed tokens)
          + audio_weight * mse(velocity of the audio's target tokens)
 
 is differentiated with respect to the adapter alone: the base is another argument, so
-that freezing needs no mask and no gradient of it exists. A step draws from
+that freezing needs no mask and no gradient of it exists. In mode "full" the base itself
+stands in the adapter's place, and there is nothing frozen. A step draws from
 `fold_in(key, step)` and reads the batch of that step, so the state after n steps is a
 function of the seed: stopping and resuming changes nothing.
 
@@ -17,14 +18,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from idlora_jax import adapters, experiment, losses, schedules, strategies
+from idlora_jax import (
+    adapters,
+    experiment,
+    geometry,
+    losses,
+    optimizers,
+    strategies,
+)
 from idlora_jax.strategies import Batch, Draws, TrainInputs
 from idlora_jax.types import AV, Adapter, Numerics, Tree, each
 
@@ -33,20 +41,32 @@ Prepare = Callable[..., Any]
 Metrics = dict[str, Array]
 Evaluate = Callable[..., Metrics]
 Real = float | int
+_DROPOUT = 1
+"""Folded into a step's key: draws split that key, dropout has another."""
 
 
 class TrainState(NamedTuple):
     """What training changes.
 
     Attributes:
-        adapter: unscaled, float32.
-        opt_state: of the optimizer.
+        adapter: unscaled, float32; in mode "full" the base's parameters.
+        opt_state: of the optimizer (`optimizers`), its averages included.
         step: number of batches seen (updates times `accumulation`).
     """
 
     adapter: Adapter
     opt_state: Any
     step: Int[Array, ""]
+
+    @property
+    def evaluated(self) -> Adapter:
+        """What to evaluate and to export; see `optimizers.evaluated`."""
+        return optimizers.evaluated(self.opt_state, self.adapter)
+
+    @property
+    def ema(self) -> Adapter | None:
+        """The moving average, or None where none is kept."""
+        return optimizers.averaged(self.opt_state)
 
 
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -61,63 +81,42 @@ class Task:
         prepare: see the module.
         spec: the training mode.
         fps: of the clips.
-        scale: alpha / rank, folded into the adapter inside the loss.
+        scale: alpha / rank, folded into the adapter inside the loss; or a function of
+            a module's path and rank (`Lora.factor`).
         dtype: of the computation; the loss is float32.
         numerics: see `geometry.positions`; `prepare` has its own.
+        rounding: of all positions, see there.
+        dropout: probability that an input of the adapter is left out in a step.
+        mode: what the state holds: an adapter, or the base itself. For the latter give
+            `apply` the option `scanned=("params",)`: gradients stack, not scatter.
     """
 
     apply: Apply
     prepare: Prepare
     spec: experiment.Strategy
     fps: Real = 25.0
-    scale: Real = 1.0
+    scale: adapters.Factor = 1.0
     dtype: Any = jnp.float32
     numerics: Numerics = "exact"
-
-
-def learning_rate(cfg: experiment.Optimizer, steps: int) -> optax.Schedule:
-    """The learning rate at each update."""
-    rate, end = cfg.learning_rate, cfg.end_factor
-    if cfg.schedule == "linear":
-        return schedules.linear_decay(rate, steps, end)
-    if cfg.schedule == "cosine":
-        return schedules.cosine(rate, steps, end_factor=end)
-    return schedules.constant(rate)
-
-
-def make_optimizer(
-    cfg: experiment.Optimizer, steps: int
-) -> optax.GradientTransformation:
-    """Clip by the global norm, AdamW, mean over `accumulation` batches.
-
-    Args:
-        cfg: the settings.
-        steps: updates over which the learning rate falls.
-
-    Source: ltx_trainer/trainer.py: _init_optimizer, _create_scheduler.
-    """
-    adamw = optax.adamw(
-        learning_rate(cfg, steps),
-        b1=cfg.betas[0],
-        b2=cfg.betas[1],
-        eps=cfg.eps,
-        weight_decay=cfg.weight_decay,
-    )
-    if cfg.clip is not None:
-        adamw = optax.chain(optax.clip_by_global_norm(cfg.clip), adamw)
-    if cfg.accumulation == 1:
-        return adamw
-    return optax.MultiSteps(adamw, cfg.accumulation).gradient_transformation()
+    rounding: geometry.Rounding | None = None
+    dropout: float = 0.0
+    mode: Literal["lora", "full"] = "lora"
 
 
 def init(adapter: Adapter, base: Tree, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step.
 
+    Args:
+        adapter: what is trained.
+        base: what it must fit; empty where the base itself is trained.
+        tx: from `optimizers.make_optimizer`.
+
     Raises:
         ValueError: if the adapter does not fit the base; the forward pass would ignore
             what it does not know.
     """
-    adapters.check(adapter, base)
+    if base:
+        adapters.check(adapter, base)
     return TrainState(adapter, tx.init(adapter), jnp.zeros((), jnp.int32))  # pyright: ignore
 
 
@@ -129,19 +128,37 @@ def _cast(inputs: TrainInputs, dtype: Any) -> TrainInputs:
     return inputs._replace(streams=tokens, prompt=text)
 
 
+def _variables(
+    task: Task, base: Tree, adapter: Adapter, key: PRNGKeyArray | None
+) -> dict[str, Tree]:
+    if task.mode == "full":
+        return {"params": adapter}
+    lora = adapters.scale(adapter, task.scale)
+    if key is not None and task.dropout > 0:
+        lora = adapters.with_dropout(lora, key, task.dropout)
+    return {"params": base, "lora": lora}
+
+
 def predict(
-    task: Task, base: Tree, adapter: Adapter, inputs: TrainInputs, tables: Any = None
+    task: Task,
+    base: Tree,
+    adapter: Adapter,
+    inputs: TrainInputs,
+    tables: Any = None,
+    *,
+    key: PRNGKeyArray | None = None,
 ) -> AV:
     """Velocities of all tokens, AV of [B T C].
 
     Args:
         task: what is trained.
-        base: its parameters.
-        adapter: unscaled.
+        base: its parameters; empty in mode "full".
+        adapter: unscaled; in mode "full" the parameters.
         inputs: from `strategies.prepare`.
         tables: `prepare(variables, streams, ())` of the same positions, where known.
+        key: of dropout; None: nothing is left out.
     """
-    variables = {"params": base, "lora": adapters.scale(adapter, task.scale)}
+    variables = _variables(task, base, adapter, key)
     inputs = _cast(inputs, task.dtype)
     if tables is None:
         tables = task.prepare(variables, inputs.streams, ())
@@ -157,13 +174,19 @@ def predict(
 
 
 def loss(
-    task: Task, base: Tree, adapter: Adapter, inputs: TrainInputs, tables: Any = None
+    task: Task,
+    base: Tree,
+    adapter: Adapter,
+    inputs: TrainInputs,
+    tables: Any = None,
+    *,
+    key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss and its two parts, in float32; see `predict` for the arguments.
 
     Source: ltx_trainer/training_strategies/audio_ref_only_ic.py: compute_loss.
     """
-    pred = predict(task, base, adapter, inputs, tables)
+    pred = predict(task, base, adapter, inputs, tables, key=key)
     parts = each(
         lambda p, v, mask: losses.masked_mse(p[:, : v.shape[1]], v, mask),
         pred,
@@ -176,8 +199,30 @@ def loss(
 
 
 def _inputs(task: Task, draws: Draws, batch: Batch) -> TrainInputs:
-    spec, fps = task.spec, task.fps
-    return strategies.prepare(draws, batch, spec, fps=fps, numerics=task.numerics)
+    how = {"numerics": task.numerics, "rounding": task.rounding}
+    return strategies.prepare(draws, batch, task.spec, fps=task.fps, **how)
+
+
+def seen(
+    task: Task,
+    key: PRNGKeyArray,
+    step: Int[Array, ""],
+    batch: Batch,
+    draws: Draws | None = None,
+) -> tuple[TrainInputs, PRNGKeyArray]:
+    """What a step makes of its batch, and the key of its dropout.
+
+    Args:
+        task: what is trained.
+        key: the run's key.
+        step: number of batches seen before.
+        batch: the clips.
+        draws: in place of those of `fold_in(key, step)`.
+    """
+    at = jax.random.fold_in(key, step)
+    if draws is None:
+        draws = strategies.draw(at, batch, task.spec)
+    return _inputs(task, draws, batch), jax.random.fold_in(at, _DROPOUT)
 
 
 def _if(ok: Array, new: Any, old: Any) -> Any:
@@ -195,7 +240,7 @@ def make_train_step(
 
     Args:
         task: what is trained.
-        tx: from `make_optimizer`.
+        tx: from `optimizers.make_optimizer`.
         key: the run's key; the step draws from `fold_in(key, state.step)` where no
             `draws` are given.
     """
@@ -207,13 +252,10 @@ def make_train_step(
         draws: Draws | None = None,
         tables: Any = None,
     ) -> tuple[TrainState, Metrics]:
-        if draws is None:
-            at = jax.random.fold_in(key, state.step)
-            draws = strategies.draw(at, batch, task.spec)
-        inputs = _inputs(task, draws, batch)
+        inputs, left_out = seen(task, key, state.step, batch, draws)
 
         def of(adapter: Adapter) -> tuple[Array, Metrics]:
-            return loss(task, base, adapter, inputs, tables)
+            return loss(task, base, adapter, inputs, tables, key=left_out)
 
         grads, metrics = jax.grad(of, has_aux=True)(state.adapter)
         norm = optax.tree.norm(grads)
@@ -232,7 +274,9 @@ def make_evaluate(task: Task) -> Evaluate:
     """Build the jitted `evaluate(adapter, base, batch, sigmas, noise) -> metrics`.
 
     The losses are means over the given noise levels [n], with the same noise (AV of
-    [B T C]) at each; the first frame is given where training gives it mostly.
+    [B T C]) at each; `video_loss_levels` and `audio_loss_levels` [n] are those of each
+    level (`losses.by_level` names them). The first frame is given where training gives
+    it mostly, and references always are.
     """
 
     def evaluate(
@@ -250,6 +294,9 @@ def make_evaluate(task: Task) -> Evaluate:
             inputs = _inputs(task, Draws(first, sigma, noise), batch)
             return loss(task, base, adapter, inputs)[1]
 
-        return jax.tree.map(jnp.mean, jax.lax.map(at, sigmas))
+        found = jax.lax.map(at, sigmas)
+        parts = ("video_loss", "audio_loss")
+        levels = {f"{name}_levels": found[name] for name in parts}
+        return jax.tree.map(jnp.mean, found) | levels
 
     return jax.jit(evaluate)

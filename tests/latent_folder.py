@@ -25,8 +25,12 @@ def tensors(
     reference: int = 5,
     text: tuple[int, int] = (4, 20),
     shared: bool = True,
+    seen: tuple[int, int, int] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """What one clip's files hold, by folder. Sounds share one pattern."""
+    """What one clip's files hold, by folder. Sounds share one pattern.
+
+    `seen` is the size of a video reference.
+    """
     rng = np.random.default_rng(seed)
 
     def sound(frames: int) -> np.ndarray:
@@ -37,12 +41,16 @@ def tensors(
     video = rng.normal(0, 1, (*size, 128)).astype(np.float32)
     features = AV(*(rng.normal(0, 1, text).astype(np.float32) for _ in range(2)))
     mask = np.arange(text[0]) >= 1
-    return {
+    files = {
         latents.VIDEO: layout.video_file(video, fps),
         latents.AUDIO: layout.sound_file(sound(audio)),
         latents.REFERENCE: layout.sound_file(sound(reference)),
         latents.TEXT: layout.condition_file(features, mask, shared=shared),
     }
+    if seen is not None:
+        clip = rng.normal(0, 1, (*seen, 128)).astype(np.float32)
+        files[latents.VIDEO_REFERENCE] = layout.video_file(clip, fps)
+    return files
 
 
 def write_clip(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small_transformer as small
 
-from idlora_jax import adapters
+from idlora_jax import adapters, experiment
 
 AUDIO = adapters.AUDIO_TARGETS
 
@@ -60,6 +60,56 @@ def test_a_bfloat16_adapter_is_scaled_with_one_rounding():
     got = adapters.scale(pair, 0.8)["kernel"]["b"]
     want = (b.astype(jnp.float32) * np.float32(0.8)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(got, want)
+
+
+def test_ranks_and_scales_may_differ_from_module_to_module(base):
+    settings = experiment.Lora(
+        rank=4, alpha=8.0, ranks=("blocks/audio/ff/*=2", "blocks/audio/*=3"),
+        alphas=("*/ff/down=6",),
+    )  # fmt: skip
+    made = adapters.init(jax.random.key(0), base, settings.rank_of)
+    ff, cross = made["blocks"]["audio"]["ff"], made["blocks"]["video"]["cross_attn"]
+    self_attn = made["blocks"]["audio"]["self_attn"]
+    sizes = [m["kernel"]["a"].shape[-1] for m in (ff["up"], self_attn["q"], cross["q"])]
+    assert sizes == [2, 3, 4]
+    assert adapters.rank(made) == 4
+    ones = jax.tree.map(jnp.ones_like, made)
+    scaled = adapters.scale(ones, settings.factor)["blocks"]
+    got = [
+        scaled["audio"]["ff"]["up"], scaled["audio"]["ff"]["down"],
+        scaled["audio"]["self_attn"]["q"], scaled["video"]["cross_attn"]["q"],
+    ]  # fmt: skip
+    for module, want in zip(got, (8 / 2, 6 / 2, 8 / 3, 8 / 4), strict=True):
+        np.testing.assert_allclose(module["kernel"]["b"], want, rtol=1e-6)
+
+
+def test_a_root_scale_keeps_the_change_as_large_at_every_rank():
+    small, large = (experiment.Lora(rank=r, alpha=16.0, rslora=True) for r in (4, 64))
+    assert small.factor("x", 4) == 8.0
+    assert large.factor("x", 64) == 2.0
+
+
+def test_one_scale_for_all_is_what_every_module_gets(base):
+    one = random(base, 4, 1)
+    by_module = adapters.scale(one, experiment.Lora(rank=4, alpha=3.0).factor)
+    same(by_module, adapters.scale(one, 3.0 / 4))
+    assert jax.tree.structure(by_module) == jax.tree.structure(one)
+
+
+def test_patterns_that_fit_no_adapted_module_are_named(base):
+    made = adapters.select(base, ("blocks/audio/ff/*",))
+    adapters.require_used(made, ("*/ff/up", "blocks/*"))
+    with pytest.raises(ValueError, match=r"no adapted module matches \['\*/q'\]"):
+        adapters.require_used(made, ("*/ff/up", "*/q"))
+
+
+def test_each_module_and_layer_has_its_own_dropout(base):
+    made = adapters.with_dropout(random(base, 2, 1), jax.random.key(0), 0.25)
+    adapters.check(random(base, 2, 1), base)
+    pairs = [p for path, p in adapters._leaves(made) if path.endswith("/key")]
+    assert {p.shape for p in pairs} == {(small.LAYERS, 2)}
+    rows = np.concatenate([np.asarray(p) for p in pairs])
+    assert len(np.unique(rows, axis=0)) == len(rows) == 18 * small.LAYERS
 
 
 def test_merging_keeps_the_dtype_of_the_base(base):

@@ -1,9 +1,6 @@
 """Adapter files: exact round trips, recorded facts, and refusals that name the file."""
 
-import json
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_transformer as small
@@ -148,16 +145,3 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, adapter, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save_adapter(tmp_path / "a.safetensors", adapter, AdapterMeta())
     assert not list(tmp_path.iterdir())
-
-
-def test_a_training_state_comes_back_bitwise(tmp_path):
-    state = {"a": jnp.arange(6.0), "step": jnp.int32(3)}
-    assert checkpoints.latest(tmp_path / "state") is None
-    for step in (1, 2, 3):
-        checkpoints.save_state(tmp_path / "state", step, state, {"n": step}, keep=2)
-    assert checkpoints.latest(tmp_path / "state") == 3
-    assert checkpoints.state_meta(tmp_path / "state", 2) == json.loads('{"n": 2}')
-    back = checkpoints.restore_state(tmp_path / "state", 3, state)
-    jax.tree.map(np.testing.assert_array_equal, back, state)
-    with pytest.raises(ValueError, match="damaged or of another adapter"):
-        checkpoints.restore_state(tmp_path / "state", 3, {"a": jnp.zeros((7, 2))})

@@ -100,7 +100,22 @@ def test_a_value_of_another_type_or_choice_is_refused(file: str, capsys: Any):
         ("--steps", "0", "1 or more"),
         ("--lora.rank", "0", "1 or more"),
         ("--lora.alpha", "-1", "above 0"),
+        ("--lora.ranks", "blocks/*", '"pattern=number"'),
+        ("--lora.ranks", "blocks/*=1.5", "a whole number"),
+        ("--lora.ranks", "blocks/*=0", "the number above 0"),
+        ("--lora.alphas", "=4", '"pattern=number"'),
+        ("--lora.dropout", "1", "below 1"),
         ("--optimizer.clip", "0", "above 0, or None"),
+        ("--optimizer.betas", "0.9 1", "below 1"),
+        ("--optimizer.b-ratio", "0", "above 0"),
+        ("--optimizer.cycle", "0", "1 or more"),
+        ("--optimizer.warmup", "7", "fewer than the 7 steps"),
+        ("--optimizer.name", "prodigy", "a factor of about 1"),
+        ("--optimizer.name", "schedule_free", "schedule_free averages"),
+        ("--ema.decay", "1", "below 1, or None"),
+        ("--ema.start", "-1", "0 or more"),
+        ("--mode", "full --fp8 keep", "cannot be trained"),
+        ("--mode", "full --optimizer.b-ratio 4", "there is no adapter"),
         ("--strategy.first-frame-p", "1.5", "0 to 1"),
         ("--heldout.sigmas", "0", "levels above 0"),
     ],
@@ -108,8 +123,32 @@ def test_a_value_of_another_type_or_choice_is_refused(file: str, capsys: Any):
 def test_a_value_out_of_range_is_refused(
     file: str, capsys: Any, option: str, value: str, expected: str
 ):
-    message = refused(capsys, "--config", file, option, value)
+    message = refused(capsys, "--config", file, option, *value.split())
     assert expected in " ".join(message.replace("│", " ").split())
+
+
+def test_what_does_not_go_together_is_refused(file: str, capsys: Any):
+    free = ("--optimizer.name", "schedule_free", "--optimizer.schedule", "constant")
+    assert parsed(file, *free).optimizer.name == "schedule_free"
+    message = refused(capsys, "--config", file, *free, "--ema.decay", "0.9")
+    assert "exports is an average already" in " ".join(message.split())
+    message = refused(capsys, "--config", file, *free, "--optimizer.betas", "0", "0.9")
+    assert "divides by it" in " ".join(message.split())
+    found = ("--optimizer.name", "prodigy", "--optimizer.learning-rate", "1")
+    assert parsed(file, *found).optimizer.learning_rate == 1
+    message = refused(capsys, "--config", file, *found, "--optimizer.b-ratio", "4")
+    assert "one rate for all" in " ".join(message.split())
+
+
+def test_ranks_and_alphas_are_given_by_pattern(file: str):
+    got = parsed(
+        file, "--lora.ranks", "blocks/audio/ff/*=64", "blocks/audio/*=32",
+        "--lora.alphas", "blocks/*=12.5", "--lora.rslora",
+    ).lora  # fmt: skip
+    modules = ("blocks/audio/ff/up", "blocks/audio/self_attn/q", "video/out")
+    assert [got.rank_of(m) for m in modules] == [64, 32, 128]
+    assert got.factor("blocks/video/ff/up", 25) == 2.5
+    assert got.factor("video/out", 64) == 16.0
 
 
 def test_a_missing_file_option_is_asked_for(capsys: Any):

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import signal
 import subprocess
-import sys
-import time
 from typing import Any
 
+import jax
 import latent_folder
 import numpy as np
 import pytest
+from train_script import ROOT, command, environment, wait_for_line
 
-from idlora_jax import checkpoints, fitting, loop, strategies
+from idlora_jax import checkpoints, fitting, runs, states, strategies
 from idlora_jax.config import AUDIO_TARGETS
 from idlora_jax.data import latents
-from idlora_jax.experiment import HeldOut, Lora, Strategy, TrainConfig
+from idlora_jax.experiment import HeldOut, Lora, Optimizer, Strategy, TrainConfig
 from idlora_jax.presets import tiny_train
 from idlora_jax.weights import io
 
-ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (128, 48)
 """Tokens and width of the tiny model's features."""
+EIGHTY = ("--steps=80", "--save-every=80")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +74,26 @@ def test_the_exported_facts_are_those_of_the_run(config: TrainConfig):
     assert meta.ref_sees_text == branch.ref_sees_text
 
 
+def test_the_exported_facts_tell_ranks_and_scales(config: TrainConfig):
+    lora = Lora(rank=4, alpha=6.0, ranks=("blocks/audio/ff/*=16",), rslora=True)
+    meta = fitting.plan(dataclasses.replace(config, lora=lora)).run.meta
+    # Recorded is the usual scale, alpha / sqrt(rank), times the rank.
+    assert (meta.rank, meta.alpha) == (16, 12.0)
+    assert meta.extra["ranks"] == "blocks/audio/ff/*=16"
+    full = dataclasses.replace(config, mode="full")
+    meta = fitting.plan(full).run.meta
+    assert (meta.rank, meta.targets, meta.extra["mode"]) == (0, (), "full")
+
+
+@pytest.mark.parametrize("name", ["ranks", "alphas"])
+def test_patterns_of_ranks_and_alphas_must_fit_a_module(
+    no_weights: None, config: TrainConfig, name: str
+):
+    lora = Lora(rank=2, alpha=2.0, **{name: ("blocks/audio/ff/*=4", "*/nose=3")})
+    with pytest.raises(ValueError, match=r"no adapted module matches \['\*/nose'\]"):
+        fitting.plan(dataclasses.replace(config, lora=lora))
+
+
 def test_text_to_video_needs_no_references(config: TrainConfig, tmp_path: pathlib.Path):
     data = latent_folder.write(tmp_path / "data", 3, text=TEXT)
     for path in (data / latents.REFERENCE).rglob("*.safetensors"):
@@ -103,37 +122,9 @@ def test_wrong_input_is_refused_before_weights_are_read(
 
 def test_targets_that_match_nothing_are_refused(config: TrainConfig):
     lora = Lora(rank=2, alpha=2.0, targets=("blocks/sound/*",))
-    plan = fitting.plan(dataclasses.replace(config, lora=lora))
     with pytest.raises(ValueError, match="no module matches"):
-        fitting.fit(plan)
+        fitting.plan(dataclasses.replace(config, lora=lora))
     assert not config.output.exists()
-
-
-def command(config: TrainConfig, *options: str) -> list[str]:
-    """The real script on the tiny configuration."""
-    paths = {"base": config.base, "data": config.data, "output": config.output}
-    given = [f"--{name}={path}" for name, path in paths.items()]
-    extra = ["--steps=80", "--save-every=80", "--heldout.clips=0", *options]
-    script = [sys.executable, "train.py", "--config", "configs/tiny.py"]
-    return [*script, *given, *extra]
-
-
-def environment(cache: pathlib.Path) -> dict[str, str]:
-    """Runs that reuse each other's compiled step."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-def wait_for_line(log: pathlib.Path, process: subprocess.Popen[str], line: int) -> None:
-    """Return as soon as the log has so many lines."""
-    deadline = time.monotonic() + 300
-    while not log.is_file() or len(log.read_text().splitlines()) < line:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the run does not get there"
-        time.sleep(0.005)
 
 
 @pytest.mark.slow
@@ -143,27 +134,27 @@ def test_a_run_ended_by_sigterm_and_resumed_gives_the_same_adapter_bitwise(
     env = environment(tmp_path / "cache")
     options: dict[str, Any] = {"cwd": ROOT, "env": env, "text": True}
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    straight = subprocess.run(command(config), **options)
+    straight = subprocess.run(command(config, *EIGHTY), **options)
     assert straight.returncode == 0, straight.stderr
     stopped = dataclasses.replace(config, output=tmp_path / "stopped")
     log = stopped.output / "log.jsonl"
     resume: list[str] = []
     seen = []
     for line in (1, 30):
-        process = subprocess.Popen(command(stopped, *resume), **options)
+        process = subprocess.Popen(command(stopped, *EIGHTY, *resume), **options)
         wait_for_line(log, process, line)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 128 + signal.SIGTERM, err
         assert "stopped by SIGTERM" in out
         assert "--resume" in out
-        seen.append(checkpoints.latest(stopped.output / "state"))
+        seen.append(states.latest(stopped.output / "state"))
         assert (
             stopped.output / f"lora_weights_step_{seen[-1]:05d}.safetensors"
         ).exists()
         resume = ["--resume"]
     assert 1 <= seen[0] < 30 <= seen[1] < 80
-    last = subprocess.run(command(stopped, "--resume"), **options)
+    last = subprocess.run(command(stopped, *EIGHTY, "--resume"), **options)
     assert last.returncode == 0, last.stderr
     name = "lora_weights_step_00080.safetensors"
     assert (stopped.output / name).read_bytes() == (config.output / name).read_bytes()
@@ -196,10 +187,37 @@ def test_held_out_losses_are_given_before_and_after(config: TrainConfig):
     assert [line.split(":")[0] for line in lines[1:]] == [
         "held-out before", "held-out after",
     ]  # fmt: skip
-    run = loop.Run(
+    run = runs.Run(
         short, fitting.plan(dataclasses.replace(short, resume=True)).run.meta
     )
     assert result.adapter == run.adapter(8)
     tensors, _ = checkpoints.read_tensors(result.adapter)
     assert len(tensors) == 2 * 18 * 4
     assert all(np.isfinite(t).all() and t.dtype == np.float32 for t in tensors.values())
+
+
+@pytest.mark.slow
+def test_the_whole_transformer_is_trained_exported_and_read_again(config: TrainConfig):
+    rate = Optimizer(learning_rate=1e-3, schedule="constant")
+    none = HeldOut(clips=0)
+    full = dataclasses.replace(
+        config, mode="full", steps=4, optimizer=rate, heldout=none
+    )
+    result = fitting.fit(fitting.plan(full), lambda line: None)
+    rows = (full.output / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(row)["loss"] for row in rows]
+    assert losses[-1] < 0.9 * losses[0]
+    assert result.adapter.name == "transformer_step_00004.safetensors"
+    found = io.load_network(io.open_base(result.adapter), "transformer")
+    # In the dtypes of the base's file.
+    old = io.load_network(io.open_base(config.base), "transformer")
+    assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(
+        lambda a: a.dtype, old
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)),
+        found,
+        result.state.adapter,
+    )
+    with pytest.raises(ValueError, match="add --resume"):
+        fitting.plan(full)

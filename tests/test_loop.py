@@ -15,24 +15,36 @@ import numpy as np
 import pytest
 import toy_training as toy
 
-from idlora_jax import adapters, checkpoints, experiment, loop, training
+from idlora_jax import (
+    adapters,
+    checkpoints,
+    diagnosis,
+    experiment,
+    loop,
+    optimizers,
+    runs,
+    states,
+    training,
+)
 from idlora_jax.strategies import Batch
 
 
 @functools.cache
-def step_of(optimizer: experiment.Optimizer, steps: int) -> Any:
-    tx = training.make_optimizer(optimizer, steps)
+def step_of(optimizer: experiment.Optimizer, steps: int, ema: experiment.Ema) -> Any:
+    tx = optimizers.make_optimizer(optimizer, steps, ema=ema)
     return tx, training.make_train_step(toy.task(), tx, jax.random.key(0))
 
 
-def train(run: loop.Run, batches: Any = toy.batch) -> Any:
-    tx, step = step_of(run.config.optimizer, run.config.steps)
+def train(
+    run: runs.Run, batches: Any = toy.batch, hooks: loop.Hooks = loop.NOTHING
+) -> Any:
+    tx, step = step_of(run.config.optimizer, run.config.steps, run.config.ema)
     new = training.init(toy.adapter(), toy.base(), tx)
-    state = loop.start(run, loop.newest(run), new)
-    return loop.train(run, step, state, toy.base(), batches)
+    state = runs.start(run, runs.newest(run), new)
+    return loop.train(run, step, state, toy.base(), batches, hooks)
 
 
-def rows(run: loop.Run) -> list[dict[str, Any]]:
+def rows(run: runs.Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.log.read_text().splitlines()]
 
 
@@ -79,12 +91,69 @@ def test_a_stopped_and_resumed_run_ends_bitwise_like_a_straight_one(
             assert new["loss"] == old["loss"]
 
 
+AVERAGED = {"optimizer": experiment.Optimizer(name="adamw8bit", learning_rate=1e-2)}
+AVERAGED |= {"ema": experiment.Ema(0.5, start=1)}
+OTHERS = {
+    "adamw8bit, averaged": AVERAGED,
+    "prodigy": {"optimizer": experiment.Optimizer(name="prodigy", learning_rate=1.0)},
+    "schedule_free": {
+        "optimizer": experiment.Optimizer(
+            name="schedule_free", learning_rate=1e-2, schedule="constant"
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_resume_bitwise_too(tmp_path: pathlib.Path, name: str):
+    want, _ = train(toy.run_in(tmp_path / "straight", **OTHERS[name]))
+    train(toy.run_in(tmp_path / "stopped", **OTHERS[name]), stopping_at(2))
+    got, _ = train(toy.run_in(tmp_path / "stopped", resume=True, **OTHERS[name]))
+    same(got, want)
+
+
+def test_the_average_is_exported_beside_the_adapter(tmp_path: pathlib.Path):
+    run = toy.run_in(tmp_path, ema=experiment.Ema(0.5))
+    state, _ = train(run)
+    key = "diffusion_model.transformer_blocks.0.audio_ff.net.0.proj.lora_B.weight"
+    for tree, name in ((state.adapter, ""), (state.ema, "_ema")):
+        path = tmp_path / f"lora_weights_step_00006{name}.safetensors"
+        tensors, metadata = checkpoints.read_tensors(path)
+        b = tree["blocks"]["audio"]["ff"]["up"]["kernel"]["b"]
+        np.testing.assert_array_equal(tensors[key], 0.5 * b[0].T)
+        extra = json.loads(metadata["idlora"])["extra"]
+        assert extra == ({"ema_decay": "0.5"} if name else {})
+    assert len([*tmp_path.glob("*_ema.safetensors")]) == 2
+
+
+def test_schedule_free_exports_its_mean(tmp_path: pathlib.Path):
+    run = toy.run_in(tmp_path, **OTHERS["schedule_free"])
+    state, _ = train(run)
+    tensors, _ = checkpoints.read_tensors(run.adapter(6))
+    key = "diffusion_model.transformer_blocks.0.audio_ff.net.0.proj.lora_B.weight"
+    mean, last = (
+        tree["blocks"]["audio"]["ff"]["up"]["kernel"]["b"][0].T
+        for tree in (state.evaluated, state.adapter)
+    )
+    np.testing.assert_array_equal(tensors[key], 0.5 * mean)
+    assert (tensors[key] != 0.5 * last).any()
+
+
 def test_ctrl_c_stops_like_sigterm_and_the_handlers_come_back(tmp_path: pathlib.Path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     state, ended_by = train(toy.run_in(tmp_path), stopping_at(1, signal.SIGINT))
     assert ended_by == signal.SIGINT
     assert int(state.step) == 2
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_signal_acts_as_if_there_were_no_training():
+    before = signal.getsignal(signal.SIGTERM)
+    with loop.stopping() as caught:
+        assert signal.getsignal(signal.SIGTERM) != before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_adapters_are_exported_scaled_with_their_facts(tmp_path: pathlib.Path):
@@ -106,6 +175,64 @@ def test_only_the_newest_states_stay(tmp_path: pathlib.Path):
     train(run)
     assert sorted(int(p.name) for p in run.states.iterdir()) == [5, 6]
     assert len(list(tmp_path.glob("lora_weights_step_*.safetensors"))) == 6
+
+
+def test_the_state_of_the_lowest_held_out_loss_stays_too(tmp_path: pathlib.Path):
+    losses = {1: 0.4, 2: 0.3, 4: 0.5}
+    hooks = loop.Hooks(validate=lambda updates, state: losses.get(updates))
+    run = toy.run_in(tmp_path, save_every=1, keep=1)
+    train(run, hooks=hooks)
+    assert sorted(int(p.name) for p in run.states.iterdir()) == [2, 6]
+
+
+def test_an_adapter_that_a_kill_kept_from_being_exported_is_at_the_next_start(
+    tmp_path: pathlib.Path,
+):
+    run = toy.run_in(tmp_path, ema=experiment.Ema(0.9))
+    train(run)
+    averaged = run.adapter(6).with_stem("lora_weights_step_00006_ema")
+    want = [path.read_bytes() for path in (run.adapter(6), averaged)]
+    half = tmp_path / ".lora_weights_step_00006.77.tmp.safetensors"
+    run.adapter(6).rename(half)
+    averaged.unlink()
+    train(toy.run_in(tmp_path, resume=True, ema=experiment.Ema(0.9)))
+    assert [path.read_bytes() for path in (run.adapter(6), averaged)] == want
+    assert not half.exists()
+
+
+def test_the_clips_of_each_batch_are_listed_in_order(tmp_path: pathlib.Path):
+    hooks = loop.Hooks(names=lambda seen: [f"clip{seen}"])
+    run = toy.run_in(tmp_path)
+    train(run, stopping_at(2), hooks)
+    with run.order.open("a") as file:  # as if killed in the fourth batch
+        file.write('{"batch": 4, "clips": ["other"]}\n{"bat')
+    with run.log.open("a") as file:
+        file.write('{"step": 4, "loss"')
+    train(toy.run_in(tmp_path, resume=True), hooks=hooks)
+    listed = [json.loads(line) for line in run.order.read_text().splitlines()]
+    assert listed == [{"batch": n + 1, "clips": [f"clip{n}"]} for n in range(6)]
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_save_that_fails_ends_the_run_and_leaves_the_one_before(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = checkpoints.save_adapter
+
+    def full(path: pathlib.Path, *args: Any) -> Any:
+        if path.name == "lora_weights_step_00002.safetensors":
+            raise OSError(28, f"could not write {path}: No space left on device")
+        return real(path, *args)
+
+    run = toy.run_in(tmp_path, save_every=1)
+    monkeypatch.setattr(checkpoints, "save_adapter", full)
+    with pytest.raises(OSError, match=r"step_00002.* No space left"):
+        train(run)
+    assert run.adapter(1).is_file()
+    monkeypatch.undo()
+    state, _ = train(toy.run_in(tmp_path, save_every=1, resume=True))
+    straight, _ = train(toy.run_in(tmp_path / "straight"))
+    same(state, straight)
 
 
 def test_the_log_has_a_line_per_step_with_losses_norm_rate_and_time(
@@ -148,9 +275,36 @@ def test_resuming_with_other_settings_names_them(tmp_path: pathlib.Path):
     with pytest.raises(ValueError, match="seed: saved with 0, now 5"):
         train(other)
     moved = toy.run_in(tmp_path, resume=True)
-    moved = loop.Run(moved.config, moved.meta, {"base": "other"})
+    moved = runs.Run(moved.config, moved.meta, {"base": "other"})
     with pytest.raises(ValueError, match="base: saved with 'hash', now 'other'"):
         train(moved)
+
+
+def test_settings_that_may_differ_are_named(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    train(toy.run_in(tmp_path))
+    changed = {"seed": 5, "optimizer": experiment.Optimizer(clip=2.0), "steps": 7}
+    changed |= {"resume": True}
+    with pytest.raises(ValueError) as refused:
+        train(toy.run_in(tmp_path, **changed, resume_with=("optimizer.clip",)))
+    assert "optimizer.clip" not in str(refused.value)
+    assert "seed: saved with 0, now 5" in str(refused.value)
+    add = "add --resume-with optimizer.learning_rate seed"
+    assert add in str(refused.value)
+    run = toy.run_in(tmp_path, **changed, resume_with=("seed", "optimizer", "base"))
+    moved = runs.Run(run.config, run.meta, {"base": "other"})
+    state, _ = train(moved)
+    assert int(state.step) == 7
+    assert "base: saved with 'hash', now 'other'" in capsys.readouterr().out
+    again = toy.run_in(tmp_path, **changed)  # saved with the new ones now
+    train(runs.Run(again.config, again.meta, {"base": "other"}))
+
+
+def test_a_name_of_no_setting_is_refused(tmp_path: pathlib.Path):
+    run = toy.run_in(tmp_path, resume=True, resume_with=("optimiser",))
+    with pytest.raises(ValueError, match=r"got 'optimiser', .* nearest is 'optimizer"):
+        runs.newest(run)
 
 
 def test_a_finished_run_may_go_on_for_more_steps(tmp_path: pathlib.Path):
@@ -202,6 +356,25 @@ def test_several_steps_in_a_row_that_are_not_finite_end_the_run(
     b = scaled["blocks"]["audio"]["ff"]["up"]["kernel"]["b"]
     key = "diffusion_model.transformer_blocks.0.audio_ff.net.0.proj.lora_B.weight"
     np.testing.assert_array_equal(got[key], b[0].T)
+
+
+def test_what_ends_the_run_names_the_clips_and_the_first_bad_tensor(
+    tmp_path: pathlib.Path,
+):
+    def explain(state: Any, batch: Batch, names: Any) -> str:
+        key = jax.random.key(0)
+        found = diagnosis.first(toy.task(), key, state, toy.base(), batch)
+        assert int(state.step) == 4
+        return diagnosis.told(found, names)
+
+    names = lambda seen: [f"a{seen}", f"b{seen}"]
+    run = toy.run_in(tmp_path)
+    with pytest.raises(loop.NotFiniteError) as refused:
+        train(run, poisoned(2, 3, 4), loop.Hooks(names=names, explain=explain))
+    text = str(refused.value)
+    assert "first tensor that is not finite: latents audio of clip a4." in text
+    assert "batch 3: a2, b2\n  batch 4: a3, b3\n  batch 5: a4, b4\n" in text
+    assert states.latest(run.states) == 5
 
 
 def test_a_run_on_another_thread_ignores_signals(tmp_path: pathlib.Path):

@@ -94,3 +94,10 @@ def test_same_key_draws_the_same():
     a, b = (losses.sigma_draws(jax.random.key(7), 3) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert not jnp.allclose(a.uniform, a.prob)
+
+
+def test_losses_by_level_are_named_after_their_level():
+    named = losses.by_level("video_loss", jnp.array([1.0, 2.0]), (0.0625, 0.5))
+    assert named == {"video_loss@0.0625": 1.0, "video_loss@0.5": 2.0}
+    with pytest.raises(ValueError, match="zip"):
+        losses.by_level("loss", jnp.zeros(3), (0.5,))

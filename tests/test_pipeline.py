@@ -12,7 +12,7 @@ import pytest
 import small_transformer as small
 from small_transformer import GRID, REFERENCE, SOUND, TARGETS, close, draw, prompt
 
-from idlora_jax import adapters, codecs, denoise, geometry, pipeline, plans
+from idlora_jax import adapters, codecs, denoise, geometry, pipeline, plans, solvers
 from idlora_jax.model import transformer
 from idlora_jax.pipeline import Request
 from idlora_jax.plans import Plan, Stage
@@ -348,6 +348,14 @@ def test_with_a_key_per_sample_company_changes_nothing(solver: str):
         close(alone, run(ask(seed), keys[n]))
     with pytest.raises(ValueError, match="2 for 1 samples; give one for each"):
         run(ask(), keys)
+
+
+def test_a_solver_and_levels_of_ones_own_need_no_name(traces: list[int], usual: AV):
+    before, stage = len(traces), only(**FULL)
+    levels = plans.Levels((*map(float, stage.sigmas.table(LAYOUT)),))
+    own = dataclasses.replace(solvers.euler())
+    assert same(sample(dataclasses.replace(stage, solver=own, sigmas=levels)), usual)
+    assert len(traces) == before
 
 
 def test_scales_may_be_mapped_over(usual: AV):

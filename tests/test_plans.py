@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from idlora_jax import guidance, plans, schedules
+from idlora_jax import guidance, plans, schedules, solvers
 from idlora_jax.plans import Plan, Sigmas, Stage
 from idlora_jax.sample_config import Guidance
 from idlora_jax.types import AudioGrid, Layout, Skip, VideoGrid
@@ -100,6 +100,18 @@ def test_tokens_may_be_counted_from_the_clip():
     np.testing.assert_array_equal(table, schedules.ltx2(5, tokens=3 * 2 * 3))
     with pytest.raises(ValueError, match="there is no video; give a number"):
         Sigmas(tokens=None).table(Layout(None, AudioGrid(4)))
+
+
+def test_levels_of_ones_own_are_used_as_they_are():
+    levels = plans.Levels((0.9, 0.5, 0.0))
+    np.testing.assert_array_equal(levels.table(LAYOUT), np.float32([0.9, 0.5, 0.0]))
+    assert levels.steps == 2
+
+
+def test_a_solver_is_given_by_name_or_as_itself():
+    own = solvers.euler()
+    assert plans.solver_of(Stage("a", solver=own)) is own
+    assert plans.solver_of(Stage("a", solver="res2s")).noisy
 
 
 def test_unknown_names_are_refused():

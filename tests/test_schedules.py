@@ -1,5 +1,8 @@
 """Sigma tables and learning rates."""
 
+from typing import Any
+
+import jax
 import numpy as np
 import pytest
 
@@ -81,21 +84,87 @@ def test_too_many_linear_steps_are_refused():
         schedules.linear_quadratic(4, 5)
 
 
+def values(rate: Any, *steps: int) -> list[float]:
+    return [float(rate(step)) for step in steps]
+
+
 def test_linear_decay_ends_at_a_tenth_and_stays():
     lr = schedules.linear_decay(2e-4, 10)
-    got = [float(lr(step)) for step in (0, 5, 10, 99)]
-    np.testing.assert_allclose(got, [2e-4, 1.1e-4, 2e-5, 2e-5], rtol=1e-6)
+    want = [2e-4, 1.46e-4, 1.1e-4, 2e-5, 2e-5]
+    np.testing.assert_allclose(values(lr, 0, 3, 5, 10, 99), want, rtol=1e-6)
 
 
-def test_cosine_rises_over_the_warmup_then_falls():
-    lr = schedules.cosine(1.0, 20, warmup=4, end_factor=0.1)
-    got = [float(lr(step)) for step in (0, 2, 4, 12, 20)]
-    np.testing.assert_allclose(got, [0, 0.5, 1, 0.55, 0.1], atol=1e-6)
-    assert float(schedules.cosine(1.0, 20)(0)) == 1
-    with pytest.raises(ValueError, match="warmup must be below steps"):
-        schedules.cosine(1.0, 4, warmup=4)
+def test_cosine_falls_along_half_a_wave():
+    lr = schedules.cosine(2e-4, 10)
+    want = [2e-4, 1.5877852522924732e-4, 1e-4, 0, 0]
+    np.testing.assert_allclose(values(lr, 0, 3, 5, 10, 12), want, rtol=1e-6, atol=1e-11)
+    lr = schedules.cosine(1.0, 16, end_factor=0.1)
+    np.testing.assert_allclose(values(lr, 0, 8, 16), [1, 0.55, 0.1], rtol=1e-6)
+
+
+def test_restarts_begin_anew_after_each_cycle():
+    lr = schedules.restarts(2e-4, 12, cycle=4, growth=2, end_factor=0.25)
+    want = [2e-4, 1.7803300858899106e-4, 7.196699141100895e-5, 2e-4]
+    want += [1.9429096493834652e-4, 5.5709035061653496e-5, 2e-4]
+    got = values(lr, 0, 1, 3, 4, 5, 11, 12)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(lr)(5), want[4], rtol=1e-6)
+    with pytest.raises(ValueError, match="restarts: steps must be at least 1, got 0"):
+        schedules.restarts(1.0, 12, cycle=0)
+
+
+def test_polynomial_falls_as_a_power():
+    lr = schedules.polynomial(2e-4, 10, power=2)
+    want = [2e-4, 9.8e-5, 2e-6, 0, 0]
+    np.testing.assert_allclose(values(lr, 0, 3, 9, 10, 20), want, rtol=1e-5, atol=1e-11)
+
+
+def test_a_warmup_rises_to_the_first_value_of_what_follows():
+    lr = schedules.warmed(schedules.cosine(1.0, 16, end_factor=0.1), 4)
+    np.testing.assert_allclose(
+        values(lr, 0, 2, 4, 12, 20), [0, 0.5, 1, 0.55, 0.1], atol=1e-6
+    )
+    same = schedules.constant(3e-4)
+    assert schedules.warmed(same, 0) is same
 
 
 def test_constant_is_constant():
     lr = schedules.constant(3e-4)
     assert lr(0) == lr(1000) == 3e-4
+
+
+@pytest.mark.parity
+def test_learning_rates_equal_those_of_torch():
+    torch = pytest.importorskip("torch")
+    kinds = torch.optim.lr_scheduler
+    base, steps = 2e-4, 24
+    rows = [
+        (
+            schedules.linear_decay(base, steps),
+            lambda o: kinds.LinearLR(o, 1.0, 0.1, steps),
+        ),
+        (
+            schedules.cosine(base, steps),
+            lambda o: kinds.CosineAnnealingLR(o, steps, 0.0),
+        ),
+        (
+            schedules.restarts(base, steps, cycle=6, end_factor=0.25),
+            lambda o: kinds.CosineAnnealingWarmRestarts(o, 6, 1, 5e-5),
+        ),
+        (
+            schedules.restarts(base, steps, cycle=3, growth=2, end_factor=0.25),
+            lambda o: kinds.CosineAnnealingWarmRestarts(o, 3, 2, 5e-5),
+        ),
+        (
+            schedules.polynomial(base, steps, power=1.5),
+            lambda o: kinds.PolynomialLR(o, steps, 1.5),
+        ),
+    ]
+    for ours, make in rows:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=base)
+        theirs = make(optimizer)
+        for step in range(steps):
+            want = optimizer.param_groups[0]["lr"]
+            np.testing.assert_allclose(ours(step), want, rtol=2e-6, atol=1e-11)
+            optimizer.step()
+            theirs.step()

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_transformer as small
 import toy_training as toy
 
-from idlora_jax import geometry, strategies, streams
+from idlora_jax import (
+    adapters,
+    geometry,
+    guidance,
+    starts,
+    strategies,
+    streams,
+    training,
+)
 from idlora_jax.experiment import Strategy
-from idlora_jax.types import AV, Branch
+from idlora_jax.model import transformer
+from idlora_jax.types import AV, Branch, each
 
 SPEC = Strategy(coin="sample")
 BATCH = toy.batch(0, size=4)
@@ -211,3 +222,149 @@ def test_frames_per_second_stretch_the_time_of_video_only():
 def test_low_precision_latents_are_mixed_in_float32():
     half = BATCH._replace(video=BATCH.video.astype(jnp.bfloat16))
     assert strategies.prepare(drawn(), half, SPEC).streams.video.x.dtype == jnp.float32
+
+
+# The other modes, dropped references, and what sampling builds of the same clip.
+
+SILENT = ("video_to_video",)
+VARIANTS = {
+    "usual": {},
+    "plain grid": {"negative_positions": False},
+    "far": {"gap_s": 0.5, "negative_video": True},
+}
+
+
+def clips(size: int = 2) -> strategies.Batch:
+    """Clips of 2 x 4 x 2 latents with references of every kind, video at half size."""
+    made = toy.batch(0, size=size)
+    return made._replace(
+        video=small.draw(5, size, 2, 4, 2, 128),
+        video_reference=small.draw(6, size, 2, 2, 1, 128),
+    )
+
+
+@pytest.mark.parametrize("rounding", [None, "train_bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", strategies.MODES)
+def test_training_and_sampling_build_equal_streams(name, variant, rounding):
+    spec = changed(name=name, first_frame_p=1.0, **VARIANTS[variant])
+    batch = clips()
+    how = {"numerics": "reference" if rounding else "exact", "rounding": rounding}
+    got = strategies.prepare(drawn(spec, batch), batch, spec, fps=24.0, **how).streams
+    used, layout = strategies.used(batch, spec), strategies.layout(batch, 24.0)
+    if used.audio is None:
+        layout = dataclasses.replace(layout, audio=None)
+    request = starts.Request(
+        (batch.prompt,),
+        used.reference,
+        batch.video[:, :1],
+        video_reference=used.video_reference,
+    )
+    where = strategies.placing(spec, rounding)
+    want = starts.start(request, layout, placing=where)
+    assert (want.audio is None) == (got.audio is None) == (name in SILENT)
+    for ours, theirs in zip(got, want, strict=True):
+        for part in ("pos", "is_ref", "denoise", "length") if ours is not None else ():
+            same(getattr(ours, part), getattr(theirs, part))
+        if ours is not None:
+            given = ~np.asarray(ours.denoise)
+            same(ours.x[given], theirs.x[given])
+
+
+def test_video_to_video_learns_video_from_video_alone():
+    spec = changed(name="video_to_video", first_frame_p=0.0)
+    batch = clips()
+    got = strategies.prepare(drawn(spec, batch), batch, spec)
+    assert got.streams.audio is got.velocity.audio is got.sigma.audio is None
+    assert strategies.targets(got) == AV(16, None)
+    assert got.mask.video.all()
+    np.testing.assert_array_equal(got.streams.video.is_ref.sum(1), [4, 4])
+    assert strategies.branch(spec) == Branch()
+    assert drawn(spec, batch).noise.audio is None
+
+
+def test_an_audio_video_mode_has_both_references():
+    spec = changed(name="audio_video_ic")
+    got = strategies.prepare(drawn(spec, clips()), clips(), spec)
+    assert [int(s.is_ref[0].sum()) for s in got.streams] == [4, 3]
+    assert strategies.targets(got) == AV(16, 5)
+    assert strategies.branch(spec) == strategies.branch(SPEC)
+
+
+def test_text_to_video_may_leave_the_sound_away():
+    spec = changed(name="text_to_video", with_audio=False)
+    got = strategies.prepare(drawn(spec), BATCH, spec)
+    assert got.streams.audio is None
+    assert strategies.targets(got) == AV(4, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "folder"),
+    [
+        ("video_to_video", "video_reference", "reference_latents"),
+        ("audio_video_ic", "video_reference", "reference_latents"),
+        ("audio_video_ic", "reference", "reference_audio_latents"),
+        ("audio_video_ic", "audio", "audio_latents"),
+    ],
+)
+def test_each_mode_says_which_folder_it_lacks(name, missing, folder):
+    batch, spec = clips()._replace(**{missing: None}), changed(name=name)
+    with pytest.raises(ValueError, match=f"{name} needs .*add the folder {folder}/"):
+        strategies.draw(KEY, batch, spec)
+
+
+def test_references_are_dropped_as_often_as_asked_and_nothing_else_changes():
+    spec = changed(reference_p_drop=0.25)
+    big = toy.batch(0, size=400)
+    draws = strategies.draw(KEY, big, spec)
+    assert draws.drop_ref is not None and 70 < draws.drop_ref.sum() < 130
+    same(draws._replace(drop_ref=None), strategies.draw(KEY, big, SPEC))
+    alone = changed(name="text_to_video", reference_p_drop=1.0)
+    assert strategies.draw(KEY, BATCH, alone).drop_ref is None
+
+
+def test_a_dropped_reference_is_hidden_and_targets_stay():
+    draws = drawn(changed(reference_p_drop=0.5))
+    draws = draws._replace(drop_ref=jnp.array([True, False, True, False]))
+    batch = BATCH._replace(reference_length=jnp.array([3, 2, 1, 3]))
+    got = strategies.prepare(draws, batch, SPEC)
+    np.testing.assert_array_equal(got.streams.audio.length, [5, 7, 5, 8])
+    assert got.streams.video.length is None
+    want = strategies.prepare(draws._replace(drop_ref=None), batch, SPEC)
+    same(got._replace(streams=None), want._replace(streams=None))
+
+
+@pytest.mark.parametrize("generation", ["2.0", "2.3"])
+def test_training_without_reference_is_identity_guidances_unconditional_pass(
+    generation,
+):
+    spec = changed(name="audio_video_ic")
+    cfg, base = small.config(generation), small.base(generation)
+    batch = clips()._replace(prompt=small.prompt(generation, batch=2))
+    draws = drawn(spec, batch)._replace(drop_ref=jnp.array([True, False]))
+    task = training.Task(
+        transformer.bind(cfg, remat="none"),
+        functools.partial(transformer.prepare, cfg),
+        spec,
+    )
+    adapter = adapters.init(KEY, base, 2)
+    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    inputs = strategies.prepare(draws, batch, spec)
+    got = jax.jit(functools.partial(training.predict, task))(base, adapter, inputs)
+    shown = strategies.prepare(draws._replace(drop_ref=None), batch, spec).streams
+    passes = guidance.branches((guidance.identity(),), 2, strategies.branch(spec))
+    variables = {"params": base, "lora": adapter}
+    counts = strategies.targets(inputs)
+
+    @jax.jit
+    def sampled(variables: Any) -> tuple[AV, ...]:
+        prepared = transformer.prepare(cfg, variables, shown, (batch.prompt,))
+        args = cfg, variables, prepared, shown, inputs.sigma, passes
+        return transformer.apply(*args, targets=counts)
+
+    conditional, unconditional = sampled(variables)
+    for row, want in ((0, unconditional), (1, conditional)):
+        cut = lambda v, n, row=row: v[row, :n]
+        small.close(each(cut, got, counts), each(cut, want, counts))
+    far = np.abs(np.asarray(conditional.audio - unconditional.audio))[:, :5]
+    assert far.max() > 1e-2

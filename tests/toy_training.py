@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idlora_jax import adapters, experiment, loop, strategies, training
+from idlora_jax import adapters, experiment, runs, strategies, training
 from idlora_jax.checkpoints import AdapterMeta
 from idlora_jax.types import AV, Branch, Prompt, each
 
@@ -82,7 +82,7 @@ def adapter(seed: int = 0) -> Any:
     return adapters.init(jax.random.key(seed), base(), 2, targets)
 
 
-def run_in(folder: Path, **settings: Any) -> loop.Run:
+def run_in(folder: Path, **settings: Any) -> runs.Run:
     """A run of six steps that writes into `folder`."""
     config = experiment.TrainConfig(
         base=Path("base"),
@@ -92,4 +92,4 @@ def run_in(folder: Path, **settings: Any) -> loop.Run:
         optimizer=settings.pop("optimizer", experiment.Optimizer(learning_rate=1e-2)),
         **{"steps": 6, "save_every": 4, **settings},
     )
-    return loop.Run(config, AdapterMeta(rank=2, alpha=1.0), {"base": "hash"})
+    return runs.Run(config, AdapterMeta(rank=2, alpha=1.0), {"base": "hash"})

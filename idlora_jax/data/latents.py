@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from idlora_jax import references
 from idlora_jax.data import published, stored
 from idlora_jax.data.stored import (
     AUDIO,
@@ -32,6 +33,7 @@ from idlora_jax.data.stored import (
     REFERENCE,
     TEXT,
     VIDEO,
+    VIDEO_REFERENCE,
     Clip,
     Stored,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "REFERENCE",
     "TEXT",
     "VIDEO",
+    "VIDEO_REFERENCE",
     "Clip",
     "Connect",
     "Index",
@@ -72,6 +75,7 @@ class Index:
         reference: the longest reference, likewise.
         ragged: whether (sounds, references) differ in length.
         load: reads one of them.
+        video_reference: latent (F, H, W) of every video reference; (): none.
     """
 
     root: Path
@@ -80,6 +84,7 @@ class Index:
     reference: int
     ragged: tuple[bool, bool]
     load: Callable[[Clip], Stored] = field(repr=False)
+    video_reference: tuple[int, ...] = ()
 
     @property
     def fps(self) -> float:
@@ -94,6 +99,7 @@ class Sample(NamedTuple):
     audio: np.ndarray | None
     reference: np.ndarray | None
     prompt: Prompt
+    video_reference: np.ndarray | None = None
 
 
 def _listed(lines: Sequence[str], limit: int = 12) -> str:
@@ -160,27 +166,46 @@ def _folder(root: Path, folders: Sequence[str]) -> tuple[list[Clip], Any]:
             _told(path[f], stored.sound_length, specs[f]) if f in folders else 0
             for f in (AUDIO, REFERENCE)
         )
-        return Clip(name, size, fps, audio, reference)
+        seen = ()
+        if VIDEO_REFERENCE in folders:
+            where = path[VIDEO_REFERENCE]
+            seen, rate = _told(where, stored.video_size, specs[VIDEO_REFERENCE])
+            _check_reference(where, (size, fps), (seen, rate))
+        return Clip(name, size, fps, audio, reference, seen)
 
     clips = [clip(name) for name in _matched(root, names)]
     return clips, lambda clip: _loaded(paths(clip.name))
 
 
+def _check_reference(path: Path, clip: Any, reference: Any) -> None:
+    """Refuse a video reference that cannot stand beside its clip."""
+    (size, fps), (seen, rate) = clip, reference
+    if rate != fps:
+        raise ValueError(
+            f"data: {path} has {rate:g} frames per second, its clip {fps:g}; "
+            "preprocess both at one rate"
+        )
+    try:
+        references.downscale(size[1:], seen[1:])
+    except ValueError as error:
+        raise ValueError(f"data: {path}: {error}; preprocess it again") from None
+
+
+def _said(clip: Clip) -> str:
+    beside = f", references {clip.video_reference}" if clip.video_reference else ""
+    return f"{clip.video} at {clip.fps:g} fps{beside}"
+
+
 def _one_bucket(clips: Sequence[Clip]) -> None:
-    counts = Counter((c.video, c.fps) for c in clips)
-    ((size, fps), most), *others = counts.most_common()
+    counts = Counter(map(_said, clips))
+    (usual, most), *others = counts.most_common()
     if not others:
         return
-    bad = [
-        f"{c.name}: latents {c.video} at {c.fps:g} fps"
-        for c in clips
-        if (c.video, c.fps) != (size, fps)
-    ]
+    bad = [f"{c.name}: latents {_said(c)}" for c in clips if _said(c) != usual]
     raise ValueError(
         f"data: all clips must have one size and frame rate. {most} of {len(clips)} "
-        f"have latents (frames, height, width) {size} at {fps:g} fps, "
-        f"{len(bad)} others:{_listed(bad)}\npreprocess all to one size, or train on "
-        "one size at a time"
+        f"have latents (frames, height, width) {usual}, {len(bad)} others:"
+        f"{_listed(bad)}\npreprocess all to one size, or train on one size at a time"
     )
 
 
@@ -188,6 +213,11 @@ def _dataset(root: Path, folders: Sequence[str]) -> tuple[list[Clip], Any]:
     """The clips of a TFDS data set, and what reads one."""
     from idlora_jax.data import tfds_latents
 
+    if VIDEO_REFERENCE in folders:
+        raise ValueError(
+            f"data: {root} is a TFDS data set, which holds no video references; give "
+            "the folder it was converted from"
+        )
     opened = tfds_latents.open_dataset(root)
     rows = {clip.name: row for row, clip in enumerate(opened.clips)}
     audio, reference = AUDIO in folders, REFERENCE in folders
@@ -216,7 +246,8 @@ def index(folder: str | Path, folders: Sequence[str] = FOLDERS) -> Index:
     Args:
         folder: holds the folders of the layout (or `.precomputed/`, which does), or is
             a TFDS data set made by convert/dataset.py.
-        folders: which of them are read; `AUDIO` and `REFERENCE` may be left out.
+        folders: which of them are read: `VIDEO`, `TEXT` and any of `AUDIO`,
+            `REFERENCE` and `VIDEO_REFERENCE`.
 
     Raises:
         ValueError: for a missing folder, clips that are not in all folders, damaged
@@ -229,7 +260,8 @@ def index(folder: str | Path, folders: Sequence[str] = FOLDERS) -> Index:
     lengths = [{c.audio for c in clips}, {c.reference for c in clips}]
     ragged = tuple(len(found) > 1 for found in lengths)
     longest = (max(found) for found in lengths)
-    return Index(root, tuple(clips), *longest, ragged, load)  # pyright: ignore
+    seen = clips[0].video_reference
+    return Index(root, tuple(clips), *longest, ragged, load, seen)  # pyright: ignore
 
 
 def split(index: Index, held_out: int) -> tuple[Index, Index]:
@@ -275,7 +307,8 @@ def read(index: Index, clip: Clip, connect: Connect) -> Sample:
     features = AV(*(x[None] for x in found.features))
     prompt = connect(features, found.mask[None])
     prompt = jax.tree.map(lambda a: np.asarray(a)[0], prompt)
-    return Sample(found.video, found.audio, found.reference, prompt)
+    sounds = found.audio, found.reference
+    return Sample(found.video, *sounds, prompt, found.video_reference)
 
 
 def _padded(sounds: Sequence[np.ndarray], frames: int) -> Float[np.ndarray, "B T M C"]:
@@ -310,6 +343,7 @@ def collate(samples: Sequence[Sample], index: Index) -> Batch:
     audio, audio_length = sounds("audio")
     reference, reference_length = sounds("reference")
     prompts = [s.prompt for s in samples]
+    seen = [s.video_reference for s in samples if s.video_reference is not None]
     return Batch(
         video=jnp.asarray(np.stack([s.video for s in samples])),
         audio=audio,
@@ -317,6 +351,7 @@ def collate(samples: Sequence[Sample], index: Index) -> Batch:
         prompt=jax.tree.map(lambda *p: jnp.asarray(np.stack(p)), *prompts),
         audio_length=audio_length,
         reference_length=reference_length,
+        video_reference=jnp.asarray(np.stack(seen)) if seen else None,
     )
 
 

@@ -20,7 +20,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from idlora_jax.data.stored import AUDIO, FOLDERS, REFERENCE, TEXT, VIDEO, File
+from idlora_jax.data.stored import (
+    AUDIO,
+    FOLDERS,
+    REFERENCE,
+    TEXT,
+    VIDEO,
+    VIDEO_REFERENCE,
+    File,
+)
 from idlora_jax.weights import torch_file
 from idlora_jax.weights.header import DTYPES, Spec
 
@@ -31,6 +39,8 @@ KINDS = {
     REFERENCE: REFERENCE,
     "audio_latents_clean": REFERENCE,
     "ref_audio_latents": REFERENCE,
+    VIDEO_REFERENCE: VIDEO_REFERENCE,
+    "ref_latents": VIDEO_REFERENCE,
 }
 """Names of folders -> the folder of our layout that they stand for."""
 SUFFIXES = (".pt", ".safetensors")

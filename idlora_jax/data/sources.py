@@ -150,7 +150,7 @@ class Archives:
             try:
                 for member in archives.members(path, progress):
                     at = _placed(path, member.path)
-                    if at is not None:
+                    if at is not None and at[0] in FOLDERS:
                         read = _reader(path, member)
                         yield Item(*at, member.nbytes, read, path.name)
             except ValueError as error:

@@ -5,6 +5,7 @@
                              num_frames, height, width; fps
     audio_latents            latents [C T M]                           audio [T M C]
     reference_audio_latents  latents [C T M]                           reference
+    reference_latents        as in latents                             video_reference
     conditions               prompt_embeds [S D] (generation 2.0), or  features, mask
                              video_ and audio_prompt_embeds (2.3);
                              prompt_attention_mask [S]
@@ -28,9 +29,10 @@ from jaxtyping import Bool, Shaped
 from idlora_jax.types import AV
 
 VIDEO, AUDIO, TEXT = "latents", "audio_latents", "conditions"
-REFERENCE = "reference_audio_latents"
+REFERENCE, VIDEO_REFERENCE = "reference_audio_latents", "reference_latents"
 _LARGEST = 1e15
 FOLDERS = (VIDEO, TEXT, AUDIO, REFERENCE)
+"""What ID-LoRA reads; `VIDEO_REFERENCE` is for other training modes."""
 
 File = Mapping[str, Any]
 """What one file holds: arrays and numbers by key."""
@@ -48,6 +50,7 @@ class Clip:
         fps: frames per second.
         audio: latent frames of its own sound; 0: not read.
         reference: latent frames of the reference; 0: not read.
+        video_reference: latent (F, H, W) of the video reference; (): not read.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Clip:
     fps: float
     audio: int = 0
     reference: int = 0
+    video_reference: tuple[int, ...] = ()
 
 
 class Stored(NamedTuple):
@@ -66,6 +70,7 @@ class Stored(NamedTuple):
         reference: [Tr M C] or None.
         features: AV of [S D] and [S Da]; one array twice in generation 2.0.
         mask: [S], True for tokens.
+        video_reference: [f h w C] or None.
     """
 
     video: Shaped[np.ndarray, "F H W C"]
@@ -73,6 +78,7 @@ class Stored(NamedTuple):
     reference: Shaped[np.ndarray, "Tr M C"] | None
     features: AV
     mask: Bool[np.ndarray, " S"]
+    video_reference: Shaped[np.ndarray, "f h w C"] | None = None
 
 
 def number(file: File, key: str) -> float:
@@ -177,7 +183,7 @@ def _described(file: File) -> str:
 
 
 def stored(files: Files) -> Stored:
-    """The files of one clip in this library's form; sounds may be left out.
+    """The files of one clip in this library's form; some may be left out.
 
     Raises:
         ValueError: naming the folder, if a file lacks something.
@@ -186,8 +192,16 @@ def stored(files: Files) -> Stored:
     for folder, convert in ((VIDEO, video), (TEXT, text), (AUDIO, sound)):
         read |= _converted(files, folder, convert)
     read |= _converted(files, REFERENCE, sound)
+    read |= _converted(files, VIDEO_REFERENCE, video)
     features, mask = read[TEXT]
-    return Stored(read[VIDEO], read.get(AUDIO), read.get(REFERENCE), features, mask)
+    return Stored(
+        read[VIDEO],
+        read.get(AUDIO),
+        read.get(REFERENCE),
+        features,
+        mask,
+        read.get(VIDEO_REFERENCE),
+    )
 
 
 def _converted(files: Files, folder: str, convert: Any) -> dict[str, Any]:

@@ -110,9 +110,11 @@ def form_of(found: Report, clips: Sequence[str], dtype: str | None) -> Form:
 
 
 def _clip(name: str, files: Mapping[str, Fact]) -> Clip:
-    lengths = [files[f].shape[0] if f in files else 0 for f in (AUDIO, REFERENCE)]
+    audio, reference = (
+        files[f].shape[0] if f in files else 0 for f in (AUDIO, REFERENCE)
+    )
     video = files[VIDEO]
-    return Clip(name, tuple(video.shape[:3]), video.fps, *lengths)
+    return Clip(name, tuple(video.shape[:3]), video.fps, audio, reference)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt
 
 
 def along_last(v: Array | np.ndarray, x: Float[Array, "... D"]) -> Array:
     """A vector over the last axis of `x`, in its rank and dtype."""
     return jnp.asarray(v, x.dtype).reshape((1,) * (x.ndim - 1) + v.shape)
+
+
+def dropped(
+    x: Float[Array, "... I"], key: UInt[Array, " _"], rate: Float[Array, ""]
+) -> Float[Array, "... I"]:
+    """Each value 0 with probability `rate`, else divided by 1 - rate."""
+    stays = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - rate, x.shape)
+    return jnp.where(stays, x / (1 - rate).astype(x.dtype), 0)
 
 
 class Dense(nn.Module):
@@ -35,7 +43,8 @@ class Dense(nn.Module):
             y = y + along_last(bias, y)
         if self.has_variable("lora", "kernel"):
             lora = self.get_variable("lora", "kernel")
-            y = y + (x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype)
+            h = dropped(x, lora["key"], lora["rate"]) if "key" in lora else x
+            y = y + (h @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype)
         return y
 
 

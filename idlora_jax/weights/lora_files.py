@@ -29,6 +29,8 @@ from idlora_jax.weights.tensorfile import Tensors
 
 OURS = "idlora"
 """Metadata key of what this library records, as JSON."""
+DOWNSCALE = "reference_downscale_factor"
+"""Metadata key of how many times smaller video references were, for any program."""
 THEIRS = "lora_adapter_metadata"
 """Metadata key of PEFT's settings in files of diffusers, names behind a prefix."""
 CONFIG = "adapter_config.json"

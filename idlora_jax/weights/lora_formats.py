@@ -103,6 +103,10 @@ def digest(found: Iterable[Entry]) -> str:
 
 def _metadata(items: Sequence[Item], format: Format, fields: Any) -> dict[str, str]:
     out = {"format": "pt", lora_files.OURS: json.dumps(fields)}
+    # Where other programs look for it (ltx_pipelines/ic_lora.py).
+    factor = fields.get("extra", {}).get(lora_files.DOWNSCALE)
+    if factor is not None:
+        out[lora_files.DOWNSCALE] = factor
     if format == "diffusers":
         prefixes = {"transformer": "transformer.", "text_connector": "connectors."}
         packed = {

@@ -246,3 +246,51 @@ def test_damaged_and_incomplete_files_name_themselves(tmp_path: pathlib.Path):
     index = latents.index(tmp_path)
     with pytest.raises(ValueError, match="expected prompt_embeds"):
         latents.read(index, index.clips[0], connect)
+
+
+EVERY = (*latents.FOLDERS, latents.VIDEO_REFERENCE)
+
+
+def test_video_references_are_read_where_they_are_asked_for(tmp_path: pathlib.Path):
+    latent_folder.write(tmp_path, 2, seen=(2, 1, 1))
+    index = latents.index(tmp_path, EVERY)
+    assert index.video_reference == index.clips[0].video_reference == (2, 1, 1)
+    batch = latents.whole(index, connect)
+    assert batch.video_reference is not None
+    assert batch.video_reference.shape == (2, 2, 1, 1, 128)
+    stored = index.load(index.clips[1]).video_reference
+    np.testing.assert_array_equal(batch.video_reference[1], stored)
+    plain = latents.index(tmp_path)
+    assert plain.video_reference == ()
+    assert latents.whole(plain, connect).video_reference is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seen": (2, 2, 1)}, r"clip\.safetensors: video reference: its sides are 2 x"),
+        ({"seen": None}, "reference_latents"),
+    ],
+)
+def test_video_references_that_do_not_fit_are_refused(
+    change: dict[str, Any], message: str, tmp_path: pathlib.Path
+):
+    one(tmp_path, **change)
+    with pytest.raises(ValueError, match=message):
+        latents.index(tmp_path, EVERY)
+
+
+def test_a_video_reference_of_another_frame_rate_is_refused(tmp_path: pathlib.Path):
+    files = latent_folder.tensors(0, seen=(2, 1, 1))
+    files[latents.VIDEO_REFERENCE]["fps"] = np.array(24, np.float32)
+    latent_folder.write_clip(tmp_path, "clip", files)
+    with pytest.raises(ValueError, match="24 frames per second, its clip 25"):
+        latents.index(tmp_path, EVERY)
+
+
+def test_video_references_of_several_sizes_are_refused(tmp_path: pathlib.Path):
+    one(tmp_path, "a", seen=(2, 1, 1))
+    one(tmp_path, "b", seen=(2, 1, 1))
+    one(tmp_path, "c", seen=(2, 2, 2))
+    with pytest.raises(ValueError, match=r"c: latents .* references \(2, 2, 2\)"):
+        latents.index(tmp_path, EVERY)

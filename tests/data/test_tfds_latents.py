@@ -121,6 +121,12 @@ def test_a_mode_without_references_leaves_them_out(folder, tmp_path):
     assert batch.reference is None and batch.audio.shape == (5, 9, 16, 8)
 
 
+def test_a_data_set_is_refused_where_video_references_are_needed(folder, tmp_path):
+    root = convert(folder, tmp_path / "tfds")
+    with pytest.raises(ValueError, match="holds no video references"):
+        latents.index(root, (VIDEO, TEXT, latents.VIDEO_REFERENCE))
+
+
 def test_a_data_set_without_sound_is_refused_where_sound_is_needed(tmp_path):
     contents = published_folder.files(0)
     contents = {VIDEO: contents[VIDEO], TEXT: contents[TEXT]}

@@ -17,7 +17,7 @@ from goldens import Golden
 
 from golden_cases import case
 from golden_cases.transformer import load
-from idlora_jax import experiment, strategies, training
+from idlora_jax import experiment, optimizers, strategies, training
 from idlora_jax.model import transformer
 from idlora_jax.types import AV, Branch, Prompt
 from idlora_jax.weights import lora
@@ -99,7 +99,7 @@ def run_of(name: str) -> Run:
         fps=p["fps"],
         scale=p["alpha"] / p["rank"],
     )
-    tx = optax.chain(remembering(), training.make_optimizer(settings, 10))
+    tx = optax.chain(remembering(), optimizers.make_optimizer(settings, 10))
     step = training.make_train_step(task, tx, jax.random.key(0))
     predict = jax.jit(functools.partial(training.predict, task))
     adapter = lora.import_(golden.sub("lora"), base)

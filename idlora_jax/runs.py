@@ -1,0 +1,250 @@
+"""What a training run writes, and going on from it.
+
+    batches = newest(run)               what is there, if it belongs to this run
+    state = start(run, batches, new)    read back; what a kill left behind is put right
+    save(run, out, state)               a state, and what is exported of it
+
+A state holds what is trained, its optimizer and averages, the number of batches seen,
+the settings and the hash of the base. Random draws and the order of the data follow
+from the settings and that number.
+
+    output/state/<batches>/                     training state; see `states`
+    output/lora_weights_step_<updates>.safetensors      and ..._ema.safetensors
+    output/log.jsonl                            one line per `log_every` updates
+    output/clips.jsonl                          the clips of each batch, in order
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from idlora_jax import adapters, checkpoints, experiment, files, states
+from idlora_jax.checkpoints import AdapterMeta
+from idlora_jax.experiment import TrainConfig
+from idlora_jax.states import States
+from idlora_jax.training import TrainState
+from idlora_jax.types import Tree
+
+Export = Callable[[Path, Tree, AdapterMeta], Any]
+Written = tuple[Path, Tree, AdapterMeta]
+FREE = frozenset(
+    "base data output resume resume_with verify steps save_every keep keep_best "
+    "log_every".split()
+)
+"""Settings that may differ when a run is resumed; `steps` moves the schedule's end."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run writes and where; static.
+
+    Attributes:
+        config: all settings.
+        meta: of the exported adapters; step and hash are filled in.
+        facts: what else must be equal when resuming (hash of the base, ...).
+        export: writes what is trained; None: an adapter, its b scaled.
+    """
+
+    config: TrainConfig
+    meta: AdapterMeta
+    facts: dict[str, Any] = field(default_factory=dict)
+    export: Export | None = None
+
+    @property
+    def states(self) -> Path:
+        """The folder of training states."""
+        return self.config.output / "state"
+
+    @property
+    def log(self) -> Path:
+        """The log file."""
+        return self.config.output / "log.jsonl"
+
+    @property
+    def order(self) -> Path:
+        """The file that lists the clips of each batch."""
+        return self.config.output / "clips.jsonl"
+
+    @property
+    def accumulation(self) -> int:
+        """Batches per update."""
+        return self.config.optimizer.accumulation
+
+    @property
+    def name(self) -> str:
+        """How exported files begin."""
+        return "lora_weights" if self.config.mode == "lora" else "transformer"
+
+    def adapter(self, updates: int) -> Path:
+        """Where what is trained is exported to after some updates."""
+        return self.config.output / f"{self.name}_step_{updates:05d}.safetensors"
+
+    def identity(self) -> dict[str, Any]:
+        """What a saved state belongs to."""
+        settings = experiment.flat(experiment.plain(self.config))
+        kept = {k: v for k, v in settings.items() if k not in FREE}
+        return {"settings": kept, **self.facts}
+
+
+def exported(run: Run, state: TrainState) -> Path:
+    """Where what is trained is exported to after the updates of a state."""
+    return run.adapter(int(state.step) // run.accumulation)
+
+
+def _exports(run: Run, state: TrainState) -> list[Written]:
+    """What is exported of a state; the moving average stands in NAME_ema."""
+    path = exported(run, state)
+    updates = int(state.step) // run.accumulation
+    about = dataclasses.replace(run.meta, step=updates)
+    found: list[Written] = [(path, state.evaluated, about)]
+    if state.ema is not None:
+        extra = {**about.extra, "ema_decay": str(run.config.ema.decay)}
+        about = dataclasses.replace(about, extra=extra)
+        found.append((path.with_stem(f"{path.stem}_ema"), state.ema, about))
+    return found
+
+
+def _export(run: Run, path: Path, tree: Tree, about: AdapterMeta) -> None:
+    if run.export is not None:
+        run.export(path, tree, about)
+        return
+    scaled = adapters.scale(tree, run.config.lora.factor)
+    checkpoints.save_adapter(path, scaled, about)
+
+
+def save(run: Run, out: States, state: TrainState, loss: float | None = None) -> None:
+    """Begin to write a training state, and what is exported of it as safetensors.
+
+    Args:
+        run: settings and facts.
+        out: the open `run.states`.
+        state: may be donated as soon as this returns.
+        loss: held-out, where it is known.
+
+    Raises:
+        OSError: if what was saved before could not be written.
+    """
+    batches = int(state.step)
+    if out.saved == batches:
+        return
+    # Copied to the host now: the next step takes the arrays over.
+    beside = tuple(
+        functools.partial(_export, run, path, jax.device_get(tree), about)
+        for path, tree, about in _exports(run, state)
+    )
+    meta = {**run.identity(), "batches": batches}
+    out.save(batches, state, meta, loss=loss, beside=beside)
+
+
+def _named(flat: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("settings."): value for key, value in flat.items()}
+
+
+def _covers(name: str, setting: str) -> bool:
+    """Whether `optimizer` or `optimizer.clip` stands for `optimizer.clip`."""
+    return setting == name or setting.startswith(f"{name}.")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    before, now = _named(experiment.flat(old)), _named(experiment.flat(new))
+    return {
+        key: f"{key}: saved with {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Lines under a message, the first twelve of them."""
+    more = [f"... and {len(lines) - 12} more"] if len(lines) > 12 else []
+    return "".join(f"\n  {line}" for line in [*lines[:12], *more])
+
+
+def _check_allowed(allowed: Sequence[str], known: Collection[str]) -> None:
+    for name in allowed:
+        if not any(_covers(name, key) for key in known) and name not in FREE:
+            near = difflib.get_close_matches(name, known, 1, 0.0)
+            raise ValueError(
+                f"resume_with: got {name!r}, expected the name of a setting or a fact "
+                f"of the run; the nearest is {near[0]!r}"
+            )
+
+
+def newest(run: Run) -> int | None:
+    """The saved state to go on from: its number of batches, or None for a new run.
+
+    Raises:
+        ValueError: if the output holds a state and `resume` is off, or if that state
+            belongs to other settings, another base or other data that `resume_with`
+            does not name.
+    """
+    allowed = run.config.resume_with
+    now = json.loads(json.dumps(run.identity()))
+    _check_allowed(allowed, _named(experiment.flat(now)))
+    batches = states.latest(run.states)
+    if batches is None:
+        return None
+    if not run.config.resume:
+        raise ValueError(
+            f"output: {run.config.output} holds a training state after {batches} "
+            "batches; add --resume to go on, or choose another --output"
+        )
+    saved = states.meta_of(run.states, batches)
+    found = _differences({k: saved.get(k) for k in now}, now)
+    bad = [key for key in found if not any(_covers(name, key) for name in allowed)]
+    if bad:
+        raise ValueError(
+            f"resume: {run.states}/{batches} belongs to another run:"
+            f"{listed([found[key] for key in bad])}\nuse the same settings, or another "
+            f"--output; to go on nevertheless, add --resume-with {' '.join(bad)}"
+        )
+    if found:
+        print(f"resuming with other settings:{listed([*found.values()])}", flush=True)
+    return batches
+
+
+def start(run: Run, batches: int | None, state: TrainState) -> TrainState:
+    """The state to begin with: the given one, or the saved one of that number.
+
+    What a kill left behind is put right: half-written files go, log lines after that
+    state too, and an adapter that was not yet exported is.
+    """
+    run.config.output.mkdir(parents=True, exist_ok=True)
+    for path in run.config.output.glob(f".{run.name}_step_*.tmp*"):
+        path.unlink()
+    _cut(run.log, "step", (batches or 0) // run.accumulation)
+    _cut(run.order, "batch", batches or 0)
+    if batches is None:
+        return state
+    state = states.restore(run.states, batches, state)
+    for path, tree, about in _exports(run, state):
+        if not path.exists():
+            _export(run, path, tree, about)
+    return state
+
+
+def _row(line: str) -> dict[str, Any]:
+    """A line of a log; one that a kill cut off is empty."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
+
+
+def _cut(path: Path, key: str, last: int) -> None:
+    """Drop the lines after the state that is resumed from."""
+    if path.is_file():
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if _row(line).get(key, math.inf) <= last]
+        with files.replacing(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
