@@ -16,8 +16,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.stats
 from jaxtyping import Array, Float
+from scipy.special import betaincinv
 
 Real = float | int
 FEW_TOKENS, MANY_TOKENS = 1024, 4096
@@ -147,7 +147,7 @@ def beta(
     """
     _check_steps("beta", steps)
     quantile = 1 - np.linspace(0, 1, steps, endpoint=False)
-    index = np.rint(scipy.stats.beta.ppf(quantile, alpha, beta) * (levels - 1))
+    index = np.rint(betaincinv(alpha, beta, quantile) * (levels - 1))
     t = (np.array(list(dict.fromkeys(index))) + 1) / levels
     e = math.exp(mu)
     return np.append(e / (e + 1 / t - 1), 0.0).astype(np.float32)
