@@ -2,11 +2,11 @@
 
     python train.py --config configs/tiny.py --optimizer.learning-rate 1e-4
 
-Writes lora_weights_step_<n>.safetensors, log.jsonl, clips.jsonl and state/ into the
-output folder; --resume goes on from the newest state, also after a kill. SIGTERM and
-SIGINT (Ctrl-C) let the running step finish, save, and end with status 143 and 130, so
-that a scheduler can tell a stopped run from a finished one (0). Wrong usage ends with
-status 2, a failure with 1.
+Writes lora_weights_step_<n>.safetensors, log.jsonl, tensorboard/, clips.jsonl and
+state/ into the output folder; --resume goes on from the newest state, also after a
+kill. SIGTERM and SIGINT (Ctrl-C) let the running step finish, save, and end with
+status 143 and 130, so that a scheduler can tell a stopped run from a finished one
+(0). Wrong usage ends with status 2, a failure with 1.
 """
 
 from __future__ import annotations

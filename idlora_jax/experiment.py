@@ -278,6 +278,8 @@ class TrainConfig:
         keep: how many training states are kept (exported adapters all are).
         keep_best: how many of those with the lowest held-out loss are kept besides.
         log_every: steps between log lines.
+        tensorboard: whether numbers go to `output/tensorboard`, too.
+        validate_every: steps between held-out losses in the log; 0: none.
         numerics: how positions are made; see `geometry.positions`.
         remat: what the backward pass keeps: everything but weights, some
             activations, or layer inputs only.
@@ -308,6 +310,8 @@ class TrainConfig:
     keep: int = 2
     keep_best: int = 1
     log_every: int = 1
+    tensorboard: bool = True
+    validate_every: int = 0
     numerics: Numerics = "exact"
     remat: Literal["none", "selective", "full"] = "full"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -322,7 +326,9 @@ class TrainConfig:
         for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
             value = getattr(self, name)
             require(value >= 1, name, value, "1 or more")
-        require(self.keep_best >= 0, "keep_best", self.keep_best, "0 or more")
+        for name in ("keep_best", "validate_every"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "0 or more")
         self._check_together()
 
     def _check_together(self) -> None:

@@ -53,6 +53,7 @@ from idlora_jax.weights.networks import Networks
 
 NAMES = ("transformer", "text_connector")
 Say = Callable[[str], None]
+HeldOutLoss = Callable[[TrainState], dict[str, float] | None]
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def _floats(metrics: Metrics, sigmas: Sequence[float]) -> dict[str, float]:
 
 def _held_out(
     fit: Fit, task: Task, base: Tree, connect: latents.Connect
-) -> Callable[[TrainState], dict[str, float] | None]:
+) -> HeldOutLoss:
     """The loss of the held-out clips at fixed noise and fixed levels."""
     settings = fit.run.config.heldout
     if settings.clips == 0:
@@ -257,8 +258,10 @@ def _told(when: str, losses: dict[str, float] | None, say: Say) -> None:
         say(f"held-out {when}: {', '.join(shown)}")
 
 
-def hooks(plan: Fit, task: Task, key: PRNGKeyArray, base: Tree) -> loop.Hooks:
-    """Names of clips for the loop, and its diagnosis of steps that are not finite."""
+def hooks(
+    plan: Fit, task: Task, key: PRNGKeyArray, base: Tree, evaluate: HeldOutLoss
+) -> loop.Hooks:
+    """What the loop asks: clips' names, held-out losses, what is not finite."""
     config, clips = plan.run.config, plan.clips.clips
 
     def names(seen: int) -> list[str]:
@@ -269,7 +272,11 @@ def hooks(plan: Fit, task: Task, key: PRNGKeyArray, base: Tree) -> loop.Hooks:
         found = diagnosis.first(task, key, state, base, batch)
         return diagnosis.told(found, names)
 
-    return loop.Hooks(names=names, explain=explain)
+    def validate(updates: int, state: TrainState) -> dict[str, float] | None:
+        every = config.validate_every
+        return evaluate(state) if every and updates % every == 0 else None
+
+    return loop.Hooks(names=names, validate=validate, explain=explain)
 
 
 def fit(plan: Fit, say: Say = print) -> Result:
@@ -307,7 +314,7 @@ def fit(plan: Fit, say: Say = print) -> Result:
     key = jax.random.key(config.seed)
     step = training.make_train_step(task, tx, key)
     batches = latents.batches(plan.clips, connect, config.batch_size, seed=config.seed)
-    asked = hooks(plan, task, key, base)
+    asked = hooks(plan, task, key, base, evaluate)
     state, signal = loop.train(plan.run, step, state, base, batches, asked)
     after = None if signal else evaluate(state)
     _told("after", after, say)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import math
 import signal
 import sys
 import threading
@@ -26,7 +25,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from idlora_jax import optimizers, states
+from idlora_jax import optimizers, records, states
+from idlora_jax.records import Records, Row
 from idlora_jax.runs import Run, listed, save
 from idlora_jax.strategies import Batch
 from idlora_jax.training import Step, TrainState
@@ -36,7 +36,6 @@ PATIENCE = 3
 """Steps in a row that may be not finite."""
 LINES = 10
 """Lines printed over a run where there is no terminal for a progress bar."""
-Row = dict[str, float]
 Batches = Callable[[int], Batch]
 
 
@@ -50,14 +49,14 @@ class Hooks:
 
     Attributes:
         names: from the number of batches seen to the names of the next one's clips.
-        validate: from updates and state to the held-out loss, or None where it is not
+        validate: from updates and state to held-out losses, or None where they are not
             known then; called after every update, before that is saved.
         explain: from a state, a batch and its clips' names to the first tensor that is
             not finite in that step; see `diagnosis`.
     """
 
     names: Callable[[int], Sequence[str]] = lambda _: ()
-    validate: Callable[[int, TrainState], float | None] = lambda *_: None
+    validate: Callable[[int, TrainState], Row | None] = lambda *_: None
     explain: Callable[[TrainState, Batch, Sequence[str]], str] | None = None
 
 
@@ -141,11 +140,10 @@ def _line(run: Run, row: Row) -> str:
     return f"step {row['step']:.0f}/{run.config.steps} {_text(row)} ETA {eta}"
 
 
-def _report(run: Run, bar: tqdm, row: Row) -> None:
-    """One line into the log file; the bar, or now and then a line instead of it."""
-    shown = {k: v if math.isfinite(v) else None for k, v in row.items()}
-    with run.log.open("a") as file:
-        file.write(json.dumps(shown | {"step": int(row["step"])}) + "\n")
+def _report(run: Run, log: Records, bar: tqdm, row: Row) -> None:
+    """One line into the logs; the bar, or now and then a line instead of it."""
+    numbers = {name: value for name, value in row.items() if name != "step"}
+    log.write(int(row["step"]), numbers)
     bar.set_postfix_str(_text(row))
     last, every = row["step"] == run.config.steps, max(1, run.config.steps // LINES)
     if bar.disable and (last or row["step"] % every < run.config.log_every):
@@ -204,6 +202,7 @@ def train(
         stopping() as caught,
         contextlib.closing(bar),
         states.opened(run.states, **kept) as out,
+        records.opened(config, run.log, first) as log,
     ):
         for done in _stepped(run, step, state, base, batches, hooks):
             out.check()
@@ -216,10 +215,17 @@ def train(
                 if updates % config.log_every == 0 or updates == config.steps:
                     spent = (time.perf_counter() - since) * each / len(rows)
                     extra = {"step": updates, "lr": rate(updates - 1)}
+                    extra |= records.speed(done.batch, spent / each)
                     extra = {k: float(v) for k, v in extra.items()}
-                    _report(run, bar, extra | {"s_per_step": spent} | _mean(rows))
+                    mean = {"s_per_step": spent} | _mean(rows)
+                    _report(run, log, bar, extra | mean)
                     rows, since = [], time.perf_counter()
-                loss = hooks.validate(updates, state)
+                begun = time.perf_counter()
+                held = hooks.validate(updates, state)
+                if held is not None:
+                    loss = held["loss"]
+                    log.write(updates, {f"heldout/{k}": v for k, v in held.items()})
+                    since += time.perf_counter() - begun
                 if updates % config.save_every == 0:
                     save(run, out, state, loss)
             if len(bad) == PATIENCE:

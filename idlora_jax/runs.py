@@ -11,6 +11,7 @@ from the settings and that number.
     output/state/<batches>/                     training state; see `states`
     output/lora_weights_step_<updates>.safetensors      and ..._ema.safetensors
     output/log.jsonl                            one line per `log_every` updates
+    output/tensorboard/                         the same numbers; see `records`
     output/clips.jsonl                          the clips of each batch, in order
 """
 
@@ -39,7 +40,7 @@ Export = Callable[[Path, Tree, AdapterMeta], Any]
 Written = tuple[Path, Tree, AdapterMeta]
 FREE = frozenset(
     "base data output resume resume_with verify steps save_every keep keep_best "
-    "log_every".split()
+    "log_every tensorboard validate_every".split()
 )
 """Settings that may differ when a run is resumed; `steps` moves the schedule's end."""
 

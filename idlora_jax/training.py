@@ -30,6 +30,7 @@ from idlora_jax import (
     experiment,
     geometry,
     losses,
+    norms,
     optimizers,
     strategies,
 )
@@ -229,6 +230,13 @@ def _if(ok: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
 
 
+def _sizes(task: Task, adapter: Adapter) -> Metrics:
+    """How large what is trained is, by group."""
+    if task.mode == "full":
+        return norms.of_tree(adapter, "weight_norm")
+    return norms.of_change(adapters.scale(adapter, task.scale), "adapter_norm")
+
+
 def make_train_step(
     task: Task, tx: optax.GradientTransformation, key: PRNGKeyArray
 ) -> Step:
@@ -237,6 +245,8 @@ def make_train_step(
     It returns the next state (the given one is donated) and float32 metrics: loss,
     video_loss, audio_loss, grad_norm (before clipping) and skipped, which is 1 where
     the loss or a gradient was not finite. Such a step counts but changes nothing else.
+    `grad_norm/GROUP` and `adapter_norm/GROUP` (or `weight_norm/GROUP` in mode "full")
+    are those of groups of modules, see `norms`.
 
     Args:
         task: what is trained.
@@ -265,6 +275,7 @@ def make_train_step(
         adapter = optax.apply_updates(old, updates)
         adapter, opt_state = _if(ok, (adapter, opt_state), (old, state.opt_state))
         extra = {"grad_norm": norm, "skipped": 1.0 - ok.astype(jnp.float32)}
+        extra |= norms.of_tree(grads, "grad_norm") | _sizes(task, adapter)
         return TrainState(adapter, opt_state, state.step + 1), metrics | extra
 
     return jax.jit(step, donate_argnums=0)

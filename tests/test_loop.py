@@ -178,7 +178,7 @@ def test_only_the_newest_states_stay(tmp_path: pathlib.Path):
 
 
 def test_the_state_of_the_lowest_held_out_loss_stays_too(tmp_path: pathlib.Path):
-    losses = {1: 0.4, 2: 0.3, 4: 0.5}
+    losses = {1: {"loss": 0.4}, 2: {"loss": 0.3}, 4: {"loss": 0.5}}
     hooks = loop.Hooks(validate=lambda updates, state: losses.get(updates))
     run = toy.run_in(tmp_path, save_every=1, keep=1)
     train(run, hooks=hooks)
@@ -243,7 +243,8 @@ def test_the_log_has_a_line_per_step_with_losses_norm_rate_and_time(
     first = rows(run)[0]
     assert set(first) == {
         "step", "loss", "video_loss", "audio_loss", "grad_norm", "lr", "skipped",
-        "s_per_step",
+        "s_per_step", "tokens_per_s", "peak_memory_gb", "grad_norm/audio_ff",
+        "grad_norm/video_ff", "adapter_norm/audio_ff", "adapter_norm/video_ff",
     }  # fmt: skip
     assert first["lr"] == pytest.approx(1e-2)
     assert first["skipped"] == 0
