@@ -10,6 +10,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # optimiser would take longer than it saves.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import gc
+import pathlib
+
 import hypothesis
 import jax
 import pytest
@@ -26,6 +29,23 @@ def own_cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 20_000
+"""Well below Linux's usual limit of 65530 mapped regions a process."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs():
+    """Let go of compiled programs now and then.
+
+    Each maps some memory regions, and at the system's limit XLA crashes.
+    """
+    yield
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
