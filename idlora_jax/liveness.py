@@ -91,6 +91,20 @@ def _called(eqn: Any) -> Any:
     return getattr(inner, "jaxpr", inner)
 
 
+def _carried(eqn: Any, body: Any) -> tuple[int, int]:
+    """The operands of a scan that it carries: from which on, and to which.
+
+    Told by their axes, since parameters of a scan differ between versions of jax: of
+    what it goes through and stacks, its body sees one axis less.
+    """
+    through = zip(eqn.invars, body.invars, strict=True)
+    made = zip(eqn.outvars, body.outvars, strict=True)
+    slices = sum(a.aval.ndim != b.aval.ndim for a, b in through)
+    carry = sum(a.aval.ndim == b.aval.ndim for a, b in made)
+    last = len(body.invars) - slices
+    return last - carry, last
+
+
 @dataclass
 class _Walk:
     """The operations of a function, or of a loop's body, in their order.
@@ -191,8 +205,7 @@ class _Walk:
 
     def _loop(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         body, rounds = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
-        first = eqn.params["num_consts"]
-        last = first + eqn.params["num_carry"]
+        first, last = _carried(eqn, body)
         sizes = [nbytes(v.aval) for v in body.invars]
         if rounds == 1:  # XLA has no loop there, but what is around it may be one.
             pairs = zip(values[last:], sizes[last:], strict=True)

@@ -100,7 +100,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(
         assert again.read_bytes() == path.read_bytes(), path.name
     saved = [sorted(p.name for p in c.output.glob("*")) for c in (config, wounded)]
     assert saved[0] == saved[1]
-    assert len(saved[0]) == 2 * STEPS + 3
+    assert len(saved[0]) == 2 * STEPS + 4
     order = [c.output / "clips.jsonl" for c in (config, wounded)]
     assert order[0].read_text() == order[1].read_text()
     logs = [rows(c.output / "log.jsonl") for c in (config, wounded)]
