@@ -282,7 +282,7 @@ def _audio(batch: Batch, grid: AudioGrid | None, how: dict) -> Stream | None:
         return None
     clean = geometry.patchify_audio(batch.audio.astype(jnp.float32))
     s = streams.target(clean, grid, **how)
-    return s._replace(length=batch.audio_length)
+    return s._replace(target_length=batch.audio_length)
 
 
 def _with_references(
@@ -294,11 +294,6 @@ def _with_references(
         ref = batch.video_reference.astype(jnp.float32)
         video = references.add_video(video, ref, grid, where, numerics=numerics)
     if batch.reference is not None:
-        if batch.audio_length is not None:
-            raise ValueError(
-                "strategies: the clips' own audio differs in length within a batch, "
-                "but the reference follows it directly; cut the clips to one length"
-            )
         ref = batch.reference.astype(jnp.float32)
         length = {"length": batch.reference_length, "numerics": numerics}
         audio = references.add_audio(audio, ref, where, **length)
@@ -315,9 +310,10 @@ def _without(s: Stream, target: Stream, where: Bool[Array, " B"]) -> Stream:
 
 def _counted(s: Stream) -> Bool[Array, "B T"]:
     """Denoised tokens that are no padding."""
-    if s.length is None:
+    if s.target_length is None:
         return s.denoise
-    return s.denoise & (jnp.arange(s.denoise.shape[1])[None] < s.length[:, None])
+    at = jnp.arange(s.denoise.shape[1])[None]
+    return s.denoise & (at < s.target_length[:, None])
 
 
 def prepare(

@@ -93,18 +93,18 @@ def add_reference(
     """Append given tokens the target may attend to.
 
     Args:
-        s: the stream so far, without padding.
+        s: the stream so far; its targets may be padded on the right (`target_length`).
         ref: the reference's tokens.
         pos: their positions, [B A Tr 2] or [1 A Tr 2] (`geometry.reference_positions`).
         length: valid reference tokens per sample, where `ref` is padded on the right.
 
     Raises:
-        ValueError: if `s` is already padded: its padding would lie inside.
+        ValueError: if `s` already ends in a padded reference.
     """
     if s.length is not None:
         raise ValueError(
-            "add_reference: the stream already ends in padding; join the references "
-            "into one before padding"
+            "add_reference: the stream already ends in a padded reference; join the "
+            "references into one before padding"
         )
     pos = jnp.broadcast_to(jnp.asarray(pos), (len(ref), *pos.shape[1:]))
     ref = ref.astype(s.x.dtype)
@@ -116,6 +116,7 @@ def add_reference(
         pos=jnp.concatenate([s.pos, pos], 2),
         is_ref=jnp.concatenate([s.is_ref, ~given], 1),
         length=None if length is None else s.x.shape[1] + length,
+        target_length=s.target_length,
     )
 
 
@@ -151,18 +152,19 @@ def split(s: Stream, n_target: int) -> tuple[Stream, Stream]:
     Source: scripts/inference_one_stage.py (dropping the reference after the loop).
     """
 
-    def part(cut: slice, length: Any) -> Stream:
+    def part(cut: slice, **lengths: Any) -> Stream:
         return stream(
             x=s.x[:, cut],
             clean=s.clean[:, cut],
             denoise=s.denoise[:, cut],
             pos=s.pos[:, :, cut],
             is_ref=s.is_ref[:, cut],
-            length=length,
+            **lengths,
         )
 
     rest = None if s.length is None else s.length - n_target
-    return part(slice(None, n_target), None), part(slice(n_target, None), rest)
+    target = part(slice(None, n_target), target_length=s.target_length)
+    return target, part(slice(n_target, None), length=rest)
 
 
 def freeze(s: Stream) -> Stream:

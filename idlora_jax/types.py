@@ -50,6 +50,7 @@ class Stream(NamedTuple):
     pos: Any
     is_ref: Any
     length: Any
+    target_length: Any = None
 
 
 def stream(
@@ -59,6 +60,7 @@ def stream(
     pos: Float[Array, "B A T 2"],
     is_ref: Bool[Array, "B T"] | None = None,
     length: Int[Array, " B"] | None = None,
+    target_length: Int[Array, " B"] | None = None,
 ) -> Stream:
     """Build a checked `Stream`.
 
@@ -69,10 +71,12 @@ def stream(
             timestep is always `denoise * sigma`.
         pos: [start, end) of each token: seconds on the first axis, pixels after it.
         is_ref: True for reference tokens (default: none).
-        length: number of valid tokens per sample, for padded references.
+        length: tokens per sample up to the end of the reference, for padded references.
+        target_length: valid target tokens per sample, for padded targets. Those from
+            there on, up to the reference, are seen by nothing.
     """
     is_ref = jnp.zeros(denoise.shape, bool) if is_ref is None else is_ref
-    return Stream(x, clean, denoise, pos, is_ref, length)
+    return Stream(x, clean, denoise, pos, is_ref, length, target_length)
 
 
 class Prompt(NamedTuple):

@@ -179,9 +179,10 @@ def test_padding_of_a_clips_own_sound_leaves_the_loss():
     batch = BATCH._replace(audio_length=lengths)
     got = strategies.prepare(drawn(), batch, changed(name="text_to_video"))
     np.testing.assert_array_equal(got.mask.audio.sum(1), lengths)
-    np.testing.assert_array_equal(got.streams.audio.length, lengths)
-    with pytest.raises(ValueError, match="cut the clips to one length"):
-        strategies.prepare(drawn(), batch, SPEC)
+    np.testing.assert_array_equal(got.streams.audio.target_length, lengths)
+    with_reference = strategies.prepare(drawn(), batch, SPEC)
+    np.testing.assert_array_equal(with_reference.mask.audio, got.mask.audio)
+    assert with_reference.streams.audio.length is None
 
 
 def test_text_to_video_leaves_the_reference_away_and_needs_no_sound():
@@ -227,6 +228,7 @@ def test_low_precision_latents_are_mixed_in_float32():
 # The other modes, dropped references, and what sampling builds of the same clip.
 
 SILENT = ("video_to_video",)
+PARTS = ("pos", "is_ref", "denoise", "length", "target_length")
 VARIANTS = {
     "usual": {},
     "plain grid": {"negative_positions": False},
@@ -264,7 +266,7 @@ def test_training_and_sampling_build_equal_streams(name, variant, rounding):
     want = starts.start(request, layout, placing=where)
     assert (want.audio is None) == (got.audio is None) == (name in SILENT)
     for ours, theirs in zip(got, want, strict=True):
-        for part in ("pos", "is_ref", "denoise", "length") if ours is not None else ():
+        for part in PARTS if ours is not None else ():
             same(getattr(ours, part), getattr(theirs, part))
         if ours is not None:
             given = ~np.asarray(ours.denoise)

@@ -75,7 +75,7 @@ def test_reference_comes_last_before_zero_seconds_and_is_never_denoised():
 def test_padded_reference_counts_valid_keys_and_cannot_be_followed():
     s = audio_with_reference(jnp.array([3, 1]))
     np.testing.assert_array_equal(s.length, [8, 6])
-    with pytest.raises(ValueError, match="already ends in padding"):
+    with pytest.raises(ValueError, match="already ends in a padded reference"):
         streams.add_reference(s, tokens(3), geometry.reference_positions(3))
 
 

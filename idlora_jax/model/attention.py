@@ -152,6 +152,17 @@ def _blind_jvp(
     return blind(q, k, v, gradient), gain * tangent
 
 
+def _reordered(
+    order: Array, k: Array, v: Array, bias: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """Keys, values and the columns of the bias in another order per sample."""
+    rows = order[:, :, None, None]
+    k, v = (jnp.take_along_axis(x, rows, axis=1) for x in (k, v))
+    if bias is not None:
+        bias = jnp.take_along_axis(bias, order[:, None], axis=2)
+    return k, v, bias
+
+
 class Attention(nn.Module):
     """Multi-head attention; q and k are normalised over the full inner width.
 
@@ -208,6 +219,7 @@ class Attention(nn.Module):
         context_rope: Rope | None = None,
         bias: Float[Array, "B T S"] | None = None,
         length: Int[Array, " B"] | None = None,
+        order: Int[Array, "B S"] | None = None,
         blind_from: int | None = None,
         blind_gradient: BlindGradient = "softmax",
     ) -> Float[Array, "B T O"]:
@@ -220,6 +232,7 @@ class Attention(nn.Module):
             context_rope: rotates the keys.
             bias: additive scores bias.
             length: valid keys per sample.
+            order: keys per sample with the valid ones first, where they lie otherwise.
             blind_from: query rows from here on get the mean of the values.
             blind_gradient: see `blind`.
         """
@@ -229,6 +242,8 @@ class Attention(nn.Module):
             q = rotate(q, rope, self.rope)
             k = rotate(k, rope if context_rope is None else context_rope, self.rope)
         q, k, v = self._heads(q), self._heads(k), self._heads(self.v(context))
+        if order is not None:
+            k, v, bias = _reordered(order, k, v, bias)
         sees = slice(blind_from)
         bias = None if bias is None else bias[:, sees]
         out = attend(q[:, sees], k, v, bias=bias, length=length, backend=self.backend)

@@ -16,6 +16,7 @@ Source: ltx_core/model/transformer/transformer.py: BasicAVTransformerBlock.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -42,7 +43,9 @@ class Modality(NamedTuple):
         cross_rope: tables of the cross-modal attention (time only).
         text: [B S E] projected text.
         text_bias: [B T S] additive bias or None.
-        length: [B] valid tokens or None.
+        length: [B] valid keys or None.
+        targets: [B] valid target tokens, where these are padded.
+        order: [B T] tokens with the valid ones first, or None where they lie so.
     """
 
     ada: Array
@@ -55,6 +58,13 @@ class Modality(NamedTuple):
     text: Array | None
     text_bias: Array | None
     length: Array | None
+    targets: Array | None = None
+    order: Array | None = None
+
+    @property
+    def valid(self) -> dict[str, Array | None]:
+        """Which tokens are seen as keys."""
+        return {"length": self.length, "order": self.order}
 
 
 class Work(NamedTuple):
@@ -135,7 +145,7 @@ class Half(nn.Module):
         h = modulate(x, scale, shift, self.cfg.norm_eps)
         if skip:
             return x + self.self_attn.values_only(h) * gate
-        attended = self.self_attn(h, rope=m.rope, bias=bias, length=m.length)
+        attended = self.self_attn(h, rope=m.rope, bias=bias, **m.valid)
         return x + attended * gate
 
     def attend_text(self, x: Array, m: Modality, blind_from: int | None) -> Array:
@@ -168,13 +178,13 @@ class Half(nn.Module):
         m: Modality,
         rope: Rope | None,
         bias: Array | None,
-        length: Array | None,
+        valid: Mapping[str, Array | None],
     ) -> Array:
         """What attention to the other modality adds."""
         assert m.cross_gate is not None
         (gate,) = pick(self.cross_table[4:], m.cross_gate, m.denoise)
         out = self.cross_attn(
-            q, kv, rope=m.cross_rope, context_rope=rope, bias=bias, length=length
+            q, kv, rope=m.cross_rope, context_rope=rope, bias=bias, **valid
         )
         return out * gate
 
@@ -210,19 +220,20 @@ class AVBlock(nn.Module):
         video, audio = x
         if to_video:
             keys = slice(None if work.video_sees_ref else work.targets.audio)
-            length = cond.audio.length if work.video_sees_ref else None
+            alone = {"length": cond.audio.targets}
+            valid = cond.audio.valid if work.video_sees_ref else alone
             q = halves.video.cross_side(normed.video, cond.video, True)
             kv = halves.audio.cross_side(normed.audio, cond.audio, True)
             rope, a2v = cond.audio.cross_rope.of(keys), bias.a2v
             video = video + halves.video.cross_update(
-                q, kv[:, keys], cond.video, rope, a2v, length
+                q, kv[:, keys], cond.video, rope, a2v, valid
             )
         if to_audio:
             q = halves.audio.cross_side(normed.audio, cond.audio, False)
             kv = halves.video.cross_side(normed.video, cond.video, False)
-            rope, length = cond.video.cross_rope, cond.video.length
+            rope, valid = cond.video.cross_rope, cond.video.valid
             audio = audio + halves.audio.cross_update(
-                q, kv, cond.audio, rope, bias.v2a, length
+                q, kv, cond.audio, rope, bias.v2a, valid
             )
         return AV(video, audio)
 

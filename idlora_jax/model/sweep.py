@@ -120,13 +120,28 @@ def _text_bias(prompt: Prompt, tokens: int, given: Array | None) -> Array | None
     return jnp.broadcast_to(row, (row.shape[0], tokens, row.shape[2]))
 
 
+def _ordered(m: Modality, targets: int) -> Modality:
+    """With the order of keys in which padding of the targets comes last."""
+    tokens = m.denoise.shape[1]
+    if m.targets is None or tokens == targets:
+        return m
+    at, valid, refs = jnp.arange(tokens)[None], m.targets[:, None], tokens - targets
+    behind = jnp.where(at < valid + refs, at + targets - valid, at - refs)
+    return m._replace(order=jnp.where(at < valid, at, behind))
+
+
 def _lengths(m: Modality, targets: int, uses: list[bool]) -> Array | None:
-    """[g B] valid keys where groups of one kind differ in using the reference."""
+    """[g B] valid keys of groups of one kind, which may differ in using the reference;
+    padding of the targets lies behind them (`_ordered`)."""
     batch, tokens = m.denoise.shape
+    full = m.length
+    if m.targets is not None:
+        full = m.targets + ((tokens if full is None else full) - targets)
     if all(uses):
-        return None if m.length is None else jnp.stack([m.length] * len(uses))
-    full = jnp.full(batch, tokens) if m.length is None else m.length
-    return jnp.stack([full if use else jnp.full(batch, targets) for use in uses])
+        return None if full is None else jnp.stack([full] * len(uses))
+    full = jnp.full(batch, tokens) if full is None else full
+    alone = jnp.full(batch, targets) if m.targets is None else m.targets
+    return jnp.stack([full if use else alone for use in uses])
 
 
 def _stacked(arrays: list[Array | None]) -> Array | None:
@@ -151,6 +166,7 @@ def _inputs(call: Call, kind: Kind) -> Inputs:
     cond, bias = call.cond, call.bias
     if not kind.branch.use_ref:
         cond, bias = each(_first, cond, call.targets), _first_bias(bias, call.targets)
+    cond = each(_ordered, cond, call.targets)
     prompts = _with_masks([call.prompts[call.branches[g].prompt] for g in kind.groups])
     uses = [call.branches[g].use_ref or not kind.branch.use_ref for g in kind.groups]
 

@@ -208,6 +208,7 @@ def _modality_conditions(
             text=None,
             text_bias=None,
             length=s.length,
+            targets=s.target_length,
         )
         return m, embedded
 
