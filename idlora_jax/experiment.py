@@ -263,7 +263,8 @@ class TrainConfig:
 
     Attributes:
         base: the base checkpoint (one .safetensors file, or a converted folder).
-        data: folder of the published latent layout, or a TFDS data set of it.
+        data: folder of the published latent layout, a folder of such folders by size,
+            or a TFDS data set of it.
         output: folder for the log, the training state and the exported adapters.
         mode: what is trained: an adapter, or (full) every parameter of the transformer,
             which needs 16 bytes for each of them; `lora` is not read then.
@@ -273,6 +274,7 @@ class TrainConfig:
         ema: its moving average.
         steps: updates of the adapter.
         batch_size: clips per batch.
+        read_ahead: batches that threads read while one is trained on; 0: none.
         seed: of shuffling, noise levels and noise.
         save_every: steps between saves; the last step is always saved.
         keep: how many training states are kept (exported adapters all are).
@@ -305,6 +307,7 @@ class TrainConfig:
     ema: Ema = field(default_factory=Ema)
     steps: int = 3000
     batch_size: int = 1
+    read_ahead: int = 2
     seed: int = 0
     save_every: int = 200
     keep: int = 2
@@ -326,7 +329,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
             value = getattr(self, name)
             require(value >= 1, name, value, "1 or more")
-        for name in ("keep_best", "validate_every"):
+        for name in ("keep_best", "validate_every", "read_ahead"):
             value = getattr(self, name)
             require(value >= 0, name, value, "0 or more")
         self._check_together()

@@ -3,8 +3,8 @@
     plan(config) -> Fit     settings, data and output folder checked; no weights yet
     fit(plan) -> Result     weights, training loop, held-out loss before and after
 
-The connectors run once per clip, when it is first read; the base is frozen, so that the
-training state holds the adapter and its optimizer only. In mode "full" it holds the
+The connectors run when a clip is read, ahead of its use; the base is frozen, so that
+the training state holds the adapter and its optimizer only. In mode "full" it holds the
 transformer's parameters instead, and nothing is frozen.
 """
 
@@ -15,12 +15,13 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from idlora_jax import (
@@ -38,8 +39,9 @@ from idlora_jax import (
     training,
 )
 from idlora_jax.checkpoints import AdapterMeta
-from idlora_jax.data import latents
-from idlora_jax.data.latents import Index
+from idlora_jax.data import collection, latents, reading
+from idlora_jax.data.collection import Collection
+from idlora_jax.data.order import Order
 from idlora_jax.experiment import Strategy, TrainConfig
 from idlora_jax.losses import by_level
 from idlora_jax.model import transformer
@@ -70,8 +72,8 @@ class Fit:
 
     run: Run
     nets: Networks
-    clips: Index
-    held: Index
+    clips: Collection
+    held: Collection
     resumed: int | None
 
 
@@ -119,14 +121,25 @@ def _lora_facts(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _downscale(index: Index) -> int | None:
-    """How many times smaller video references are, where there are any."""
-    if not index.video_reference:
-        return None
-    return references.downscale(index.clips[0].video[1:], index.video_reference[1:])
+def _downscale(index: Collection) -> int | None:
+    """How many times smaller video references are, where there are any.
+
+    Raises:
+        ValueError: if that differs between sizes.
+    """
+    seen = [b for b in index.buckets if b.video_reference]
+    found = {
+        references.downscale(b.clips[0].video[1:], b.video_reference[1:]) for b in seen
+    }
+    if len(found) > 1:
+        raise ValueError(
+            f"data: video references are {sorted(found)} times smaller than their "
+            "clips, expected one number for all sizes; preprocess them alike"
+        )
+    return found.pop() if found else None
 
 
-def _meta(config: TrainConfig, nets: Networks, index: Index) -> AdapterMeta:
+def _meta(config: TrainConfig, nets: Networks, index: Collection) -> AdapterMeta:
     spec, sees = config.strategy, strategies.branch(config.strategy)
     facts = _lora_facts(config)
     about = as_trained.recorded(spec, _downscale(index))
@@ -146,8 +159,10 @@ def _meta(config: TrainConfig, nets: Networks, index: Index) -> AdapterMeta:
     )
 
 
-def _fingerprint(index: Index) -> str:
-    names = "\n".join(clip.name for clip in index.clips)
+def _fingerprint(index: Collection) -> str:
+    """What decides the order of the clips: their names, bucket by bucket."""
+    buckets = ("\n".join(clip.name for clip in b.clips) for b in index.buckets)
+    names = "\n\n".join(buckets)
     return f"{len(index.clips)} clips, {hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
@@ -168,8 +183,9 @@ def plan(config: TrainConfig) -> Fit:
     Raises:
         ValueError: naming what was got, what was expected, and what to do.
     """
-    index = latents.index(config.data, folders(config.strategy))
-    clips, held = latents.split(index, config.heldout.clips)
+    index = collection.index(config.data, folders(config.strategy))
+    clips, held = collection.split(index, config.heldout.clips)
+    collection.require_batches(clips, config.batch_size)
     if config.verify:
         verify_watched(io.open_base(config.base))
     nets, _ = networks.load(config.base, ())
@@ -230,14 +246,21 @@ def _held_out(
     settings = fit.run.config.heldout
     if settings.clips == 0:
         return lambda _: None
-    batch: Batch = latents.whole(fit.held, connect)
-    noise = strategies.draw(jax.random.key(settings.seed), batch, task.spec).noise
+    key = jax.random.key(settings.seed)
+    batches = [latents.whole(bucket, connect) for bucket in fit.held.buckets]
+    noises = [strategies.draw(key, batch, task.spec).noise for batch in batches]
     sigmas = jnp.asarray(settings.sigmas)
     evaluate = training.make_evaluate(task)
 
     def at(adapter: Any) -> dict[str, float]:
-        found = evaluate(adapter, base, batch, sigmas, noise)
-        return _floats(found, settings.sigmas)
+        """Means over the sizes, each by its number of clips."""
+        pairs = zip(batches, noises, strict=True)
+        found = [
+            _floats(evaluate(adapter, base, batch, sigmas, noise), settings.sigmas)
+            for batch, noise in pairs
+        ]
+        mean = functools.partial(np.average, weights=fit.held.counts)
+        return {name: float(mean([row[name] for row in found])) for name in found[0]}
 
     def of(state: TrainState) -> dict[str, float]:
         losses = at(state.evaluated)
@@ -261,12 +284,8 @@ def _told(when: str, losses: dict[str, float] | None, say: Say) -> None:
 def hooks(
     plan: Fit, task: Task, key: PRNGKeyArray, base: Tree, evaluate: HeldOutLoss
 ) -> loop.Hooks:
-    """What the loop asks: clips' names, held-out losses, what is not finite."""
-    config, clips = plan.run.config, plan.clips.clips
-
-    def names(seen: int) -> list[str]:
-        rows = latents.chosen(len(clips), config.batch_size, seen, config.seed)
-        return [clips[row].name for row in rows]
+    """What the loop asks: held-out losses, what is not finite."""
+    config = plan.run.config
 
     def explain(state: TrainState, batch: Batch, names: Sequence[str]) -> str:
         found = diagnosis.first(task, key, state, base, batch)
@@ -276,7 +295,15 @@ def hooks(
         every = config.validate_every
         return evaluate(state) if every and updates % every == 0 else None
 
-    return loop.Hooks(names=names, validate=validate, explain=explain)
+    return loop.Hooks(validate=validate, explain=explain)
+
+
+def batches_of(plan: Fit, connect: latents.Connect) -> reading.Batches:
+    """The batches of a run, by their number."""
+    config = plan.run.config
+    order = Order(plan.clips.counts, config.batch_size, config.seed)
+    count = config.steps * plan.run.accumulation
+    return reading.batches(plan.clips, connect, order, count=count)
 
 
 def fit(plan: Fit, say: Say = print) -> Result:
@@ -313,9 +340,12 @@ def fit(plan: Fit, say: Say = print) -> Result:
     _told("before", before, say)
     key = jax.random.key(config.seed)
     step = training.make_train_step(task, tx, key)
-    batches = latents.batches(plan.clips, connect, config.batch_size, seed=config.seed)
     asked = hooks(plan, task, key, base, evaluate)
-    state, signal = loop.train(plan.run, step, state, base, batches, asked)
+    data, position = batches_of(plan, connect), runs.position(plan.run, plan.resumed)
+    ahead = {"ahead": config.read_ahead, "seen": seen, "position": position}
+    with reading.opened(data, **ahead) as batches:
+        asked = replace(asked, names=data.names, position=batches.position)
+        state, signal = loop.train(plan.run, step, state, base, batches, asked)
     after = None if signal else evaluate(state)
     _told("after", after, say)
     return Result(state, runs.exported(plan.run, state), before, after, signal)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from idlora_jax import optimizers, records, states
 from idlora_jax.records import Records, Row
 from idlora_jax.runs import Run, listed, save
+from idlora_jax.states import Data
 from idlora_jax.strategies import Batch
 from idlora_jax.training import Step, TrainState
 from idlora_jax.types import Tree
@@ -53,11 +54,13 @@ class Hooks:
             known then; called after every update, before that is saved.
         explain: from a state, a batch and its clips' names to the first tensor that is
             not finite in that step; see `diagnosis`.
+        position: where the reader of the data stands, for the saved state.
     """
 
     names: Callable[[int], Sequence[str]] = lambda _: ()
     validate: Callable[[int, TrainState], Row | None] = lambda *_: None
     explain: Callable[[TrainState, Batch, Sequence[str]], str] | None = None
+    position: Callable[[], Data | None] = lambda: None
 
 
 NOTHING = Hooks()
@@ -227,11 +230,11 @@ def train(
                     log.write(updates, {f"heldout/{k}": v for k, v in held.items()})
                     since += time.perf_counter() - begun
                 if updates % config.save_every == 0:
-                    save(run, out, state, loss)
+                    save(run, out, state, loss, hooks.position())
             if len(bad) == PATIENCE:
-                save(run, out, state, loss)
+                save(run, out, state, loss, hooks.position())
                 _refuse(run, hooks, bad)
             if caught:
                 break
-        save(run, out, state, loss)
+        save(run, out, state, loss, hooks.position())
     return state, caught[0] if caught else None

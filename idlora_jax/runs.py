@@ -32,7 +32,7 @@ import jax
 from idlora_jax import adapters, checkpoints, experiment, files, states
 from idlora_jax.checkpoints import AdapterMeta
 from idlora_jax.experiment import TrainConfig
-from idlora_jax.states import States
+from idlora_jax.states import Data, States
 from idlora_jax.training import TrainState
 from idlora_jax.types import Tree
 
@@ -40,7 +40,7 @@ Export = Callable[[Path, Tree, AdapterMeta], Any]
 Written = tuple[Path, Tree, AdapterMeta]
 FREE = frozenset(
     "base data output resume resume_with verify steps save_every keep keep_best "
-    "log_every tensorboard validate_every".split()
+    "log_every tensorboard validate_every read_ahead".split()
 )
 """Settings that may differ when a run is resumed; `steps` moves the schedule's end."""
 
@@ -123,7 +123,13 @@ def _export(run: Run, path: Path, tree: Tree, about: AdapterMeta) -> None:
     checkpoints.save_adapter(path, scaled, about)
 
 
-def save(run: Run, out: States, state: TrainState, loss: float | None = None) -> None:
+def save(
+    run: Run,
+    out: States,
+    state: TrainState,
+    loss: float | None = None,
+    data: Data | None = None,
+) -> None:
     """Begin to write a training state, and what is exported of it as safetensors.
 
     Args:
@@ -131,6 +137,7 @@ def save(run: Run, out: States, state: TrainState, loss: float | None = None) ->
         out: the open `run.states`.
         state: may be donated as soon as this returns.
         loss: held-out, where it is known.
+        data: where the reader of the data stands; see `position`.
 
     Raises:
         OSError: if what was saved before could not be written.
@@ -144,7 +151,7 @@ def save(run: Run, out: States, state: TrainState, loss: float | None = None) ->
         for path, tree, about in _exports(run, state)
     )
     meta = {**run.identity(), "batches": batches}
-    out.save(batches, state, meta, loss=loss, beside=beside)
+    out.save(batches, state, meta, loss=loss, data=data, beside=beside)
 
 
 def _named(flat: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +219,11 @@ def newest(run: Run) -> int | None:
     if found:
         print(f"resuming with other settings:{listed([*found.values()])}", flush=True)
     return batches
+
+
+def position(run: Run, batches: int | None) -> Data | None:
+    """Where the reader of the data stood when a state was saved; None: not recorded."""
+    return None if batches is None else states.meta_of(run.states, batches)["data"]
 
 
 def start(run: Run, batches: int | None, state: TrainState) -> TrainState:

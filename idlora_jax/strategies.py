@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from idlora_jax.types import (
     Layout,
     Numerics,
     Prompt,
+    Rate,
     Stream,
     VideoGrid,
     each,
@@ -96,15 +97,17 @@ class Batch(NamedTuple):
         reference_length: [B], the same for `reference`.
         video_reference: [B f h w C] or None, at the clip's frame rate; its sides are
             the clip's, or those divided by one whole number.
+        rate: of the clips, where it is known.
     """
 
-    video: Float[Array, "B F H W C"]
-    audio: Float[Array, "B T M C"] | None
-    reference: Float[Array, "B Tr M C"] | None
+    video: Float[Any, "B F H W C"]
+    audio: Float[Any, "B T M C"] | None
+    reference: Float[Any, "B Tr M C"] | None
     prompt: Prompt
-    audio_length: Int[Array, " B"] | None = None
-    reference_length: Int[Array, " B"] | None = None
-    video_reference: Float[Array, "B f h w C"] | None = None
+    audio_length: Int[Any, " B"] | None = None
+    reference_length: Int[Any, " B"] | None = None
+    video_reference: Float[Any, "B f h w C"] | None = None
+    rate: Rate | None = None
 
 
 class Draws(NamedTuple):
@@ -341,7 +344,8 @@ def prepare(
     Raises:
         ValueError: if the batch lacks what the mode needs.
     """
-    batch, where = used(batch, spec), placing(spec, rounding)
+    batch = jax.tree.map(jnp.asarray, used(batch, spec))  # it may lie on the host
+    where = placing(spec, rounding)
     grids, how = layout(batch, fps), where.how(numerics)
     assert grids.video is not None
     clean = AV(_video(draws, batch, grids.video, how), _audio(batch, grids.audio, how))

@@ -81,7 +81,7 @@ class Task:
         apply: see the module.
         prepare: see the module.
         spec: the training mode.
-        fps: of the clips.
+        fps: of clips whose batch does not say it.
         scale: alpha / rank, folded into the adapter inside the loss; or a function of
             a module's path and rank (`Lora.factor`).
         dtype: of the computation; the loss is float32.
@@ -201,7 +201,8 @@ def loss(
 
 def _inputs(task: Task, draws: Draws, batch: Batch) -> TrainInputs:
     how = {"numerics": task.numerics, "rounding": task.rounding}
-    return strategies.prepare(draws, batch, task.spec, fps=task.fps, **how)
+    fps = task.fps if batch.rate is None else batch.rate.fps
+    return strategies.prepare(draws, batch, task.spec, fps=fps, **how)
 
 
 def seen(

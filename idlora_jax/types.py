@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -130,6 +131,15 @@ class Branch:
     video_sees_ref: bool = True
     ref_sees_text: bool = True
     frozen: frozenset[str] = frozenset()
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Rate:
+    """Frames per second, in trees of arrays: static there, so that another one retraces
+    (positions are made on the host)."""
+
+    fps: float
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def test_patterns_of_ranks_and_alphas_must_fit_a_module(
 
 
 def test_text_to_video_needs_no_references(config: TrainConfig, tmp_path: pathlib.Path):
-    data = latent_folder.write(tmp_path / "data", 3, text=TEXT)
+    data = latent_folder.write(tmp_path / "data", 4, text=TEXT)
     for path in (data / latents.REFERENCE).rglob("*.safetensors"):
         path.unlink()
     with pytest.raises(ValueError, match="missing in reference_audio_latents"):
@@ -110,6 +110,10 @@ def test_text_to_video_needs_no_references(config: TrainConfig, tmp_path: pathli
         ({"data": pathlib.Path("nowhere")}, "no such folder nowhere"),
         ({"base": pathlib.Path("nowhere.safetensors")}, "nowhere.safetensors"),
         ({"heldout": HeldOut(clips=6)}, "at least one to train on"),
+        (
+            {"batch_size": 5},
+            r"fewer clips to train on than batch_size 5:\n.* 25 fps: 4",
+        ),
     ],
 )
 def test_wrong_input_is_refused_before_weights_are_read(

@@ -3,27 +3,23 @@
     a folder of the published layout   safetensors or .pt files; `data.published`
     a TFDS data set                    ArrayRecord files; `data.tfds_latents`
 
-`index` lists clips and sizes without reading latents and refuses what does not fit
-together; which clips a step reads is a pure function of (seed, step), so that resuming
-needs no reader state. Text features are stored before the connectors, which run once
-per clip when it is first read.
+`listed` finds clips and sizes without reading latents, an `Index` holds those that may
+stand in one batch. Text features are stored before the connectors, which run when a
+clip is read. Everything here stays on the host: batches are NumPy arrays.
 
 Source: ltx_trainer/datasets.py: PrecomputedDataset.
 """
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from idlora_jax import references
 from idlora_jax.data import published, stored
@@ -38,7 +34,7 @@ from idlora_jax.data.stored import (
     Stored,
 )
 from idlora_jax.strategies import Batch
-from idlora_jax.types import AV, Prompt
+from idlora_jax.types import AV, Prompt, Rate
 
 __all__ = [
     "AUDIO",
@@ -50,13 +46,15 @@ __all__ = [
     "Clip",
     "Connect",
     "Index",
+    "Listing",
     "Sample",
-    "batches",
-    "chosen",
+    "bucket",
     "collate",
+    "grouped",
     "index",
+    "listed",
     "read",
-    "split",
+    "said",
     "whole",
 ]
 
@@ -64,9 +62,20 @@ Connect = Callable[[AV, Any], Prompt]
 """(features AV of [1 S D], mask [1 S]) -> Prompt; see `prompts.prompts`."""
 
 
+Load = Callable[[Clip], Stored]
+
+
+class Listing(NamedTuple):
+    """A folder's clips, sorted by name, and what reads one of them."""
+
+    root: Path
+    clips: tuple[Clip, ...]
+    load: Load
+
+
 @dataclass(frozen=True)
 class Index:
-    """Clips that are all of one video size and frame rate.
+    """Clips that are all of one video size, frame rate and size of video references.
 
     Attributes:
         root: where they lie.
@@ -83,7 +92,7 @@ class Index:
     audio: int
     reference: int
     ragged: tuple[bool, bool]
-    load: Callable[[Clip], Stored] = field(repr=False)
+    load: Load = field(repr=False)
     video_reference: tuple[int, ...] = ()
 
     @property
@@ -93,7 +102,7 @@ class Index:
 
 
 class Sample(NamedTuple):
-    """One clip, channel-last, on the host: [F H W C], [T M C], [Tr M C], [S D] each."""
+    """One clip, channel-last: [F H W C], [T M C], [Tr M C], [S D] each."""
 
     video: np.ndarray
     audio: np.ndarray | None
@@ -102,9 +111,10 @@ class Sample(NamedTuple):
     video_reference: np.ndarray | None = None
 
 
-def _listed(lines: Sequence[str], limit: int = 12) -> str:
-    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
-    return "".join(f"\n  {line}" for line in [*lines[:limit], *more])
+def lines(found: Sequence[str], limit: int = 12) -> str:
+    """Lines under a message, the first of them."""
+    more = [f"... and {len(found) - limit} more"] if len(found) > limit else []
+    return "".join(f"\n  {line}" for line in [*found[:limit], *more])
 
 
 def _matched(root: Path, names: Mapping[str, Collection[str]]) -> list[str]:
@@ -124,7 +134,7 @@ def _matched(root: Path, names: Mapping[str, Collection[str]]) -> list[str]:
     if bad:
         raise ValueError(
             f"data: {len(bad)} of {len(every)} clips in {root} are not in all of "
-            f"{', '.join(names)}:{_listed(bad)}\npreprocess them again, or delete "
+            f"{', '.join(names)}:{lines(bad)}\npreprocess them again, or delete "
             "them from the other folders"
         )
     return sorted(everywhere)
@@ -191,22 +201,17 @@ def _check_reference(path: Path, clip: Any, reference: Any) -> None:
         raise ValueError(f"data: {path}: {error}; preprocess it again") from None
 
 
-def _said(clip: Clip) -> str:
+def said(clip: Clip) -> str:
+    """The sizes and the rate of a clip, in words."""
     beside = f", references {clip.video_reference}" if clip.video_reference else ""
     return f"{clip.video} at {clip.fps:g} fps{beside}"
 
 
-def _one_bucket(clips: Sequence[Clip]) -> None:
-    counts = Counter(map(_said, clips))
-    (usual, most), *others = counts.most_common()
-    if not others:
-        return
-    bad = [f"{c.name}: latents {_said(c)}" for c in clips if _said(c) != usual]
-    raise ValueError(
-        f"data: all clips must have one size and frame rate. {most} of {len(clips)} "
-        f"have latents (frames, height, width) {usual}, {len(bad)} others:"
-        f"{_listed(bad)}\npreprocess all to one size, or train on one size at a time"
-    )
+def grouped(clips: Sequence[Clip]) -> list[tuple[Clip, ...]]:
+    """Clips that may stand in one batch, by their sizes, in the order of these."""
+    key = lambda clip: (clip.video, clip.fps, clip.video_reference)
+    keys = sorted(set(map(key, clips)))
+    return [tuple(c for c in clips if key(c) == own) for own in keys]
 
 
 def _dataset(root: Path, folders: Sequence[str]) -> tuple[list[Clip], Any]:
@@ -240,7 +245,7 @@ def _dataset(root: Path, folders: Sequence[str]) -> tuple[list[Clip], Any]:
     return [clip(opened.clips[rows[name]]) for name in sorted(rows)], load
 
 
-def index(folder: str | Path, folders: Sequence[str] = FOLDERS) -> Index:
+def listed(folder: str | Path, folders: Sequence[str] = FOLDERS) -> Listing:
     """List the clips of a data folder.
 
     Args:
@@ -250,13 +255,17 @@ def index(folder: str | Path, folders: Sequence[str] = FOLDERS) -> Index:
             `REFERENCE` and `VIDEO_REFERENCE`.
 
     Raises:
-        ValueError: for a missing folder, clips that are not in all folders, damaged
-            files, or clips of different sizes or frame rates.
+        ValueError: for a missing or empty folder, clips that are not in all folders,
+            or damaged files.
     """
     dataset = published.dataset_root(Path(folder))
     root = dataset or published.root_of(Path(folder))
     clips, load = (_dataset if dataset else _folder)(root, folders)
-    _one_bucket(clips)
+    return Listing(root, tuple(clips), load)
+
+
+def bucket(root: Path, clips: Sequence[Clip], load: Load) -> Index:
+    """An index of clips of one size (`grouped`)."""
     lengths = [{c.audio for c in clips}, {c.reference for c in clips}]
     ragged = tuple(len(found) > 1 for found in lengths)
     longest = (max(found) for found in lengths)
@@ -264,37 +273,22 @@ def index(folder: str | Path, folders: Sequence[str] = FOLDERS) -> Index:
     return Index(root, tuple(clips), *longest, ragged, load, seen)  # pyright: ignore
 
 
-def split(index: Index, held_out: int) -> tuple[Index, Index]:
-    """Keep `held_out` clips, evenly spread over the names, out of the rest.
+def index(folder: str | Path, folders: Sequence[str] = FOLDERS) -> Index:
+    """List the clips of a data folder, which are all of one size; see `listed`.
 
     Raises:
-        ValueError: if nothing is left to train on.
+        ValueError: as `listed`, and for clips of different sizes or frame rates.
     """
-    count = len(index.clips)
-    if held_out >= count:
+    root, clips, load = listed(folder, folders)
+    usual, *others = sorted(grouped(clips), key=len, reverse=True)
+    if others:
+        bad = [f"{c.name}: latents {said(c)}" for group in others for c in group]
         raise ValueError(
-            f"data: {count} clips, of which heldout.clips keeps out {held_out}; "
-            "expected at least one to train on"
+            f"data: all clips must have one size and frame rate. {len(usual)} of "
+            f"{len(clips)} have latents (frames, height, width) {said(usual[0])}, "
+            f"{len(bad)} others:{lines(bad)}\npreprocess all to one size"
         )
-    chosen = {(2 * k + 1) * count // (2 * held_out) for k in range(held_out)}
-    parts = [
-        tuple(c for n, c in enumerate(index.clips) if (n in chosen) == out)
-        for out in (False, True)
-    ]
-    return replace(index, clips=parts[0]), replace(index, clips=parts[1])
-
-
-def chosen(count: int, batch: int, step: int, seed: int) -> Int[np.ndarray, " B"]:
-    """Which of `count` clips the batch of `step` holds.
-
-    Every epoch is a new permutation of all clips, made from (seed, epoch) alone, and
-    epochs follow each other without a gap.
-    """
-    rows = []
-    for place in range(step * batch, (step + 1) * batch):
-        epoch, at = divmod(place, count)
-        rows.append(np.random.default_rng([seed, epoch]).permutation(count)[at])
-    return np.array(rows)
+    return bucket(root, clips, load)
 
 
 def read(index: Index, clip: Clip, connect: Connect) -> Sample:
@@ -315,29 +309,37 @@ def _padded(sounds: Sequence[np.ndarray], frames: int) -> Float[np.ndarray, "B T
     return np.stack([np.pad(s, ((0, frames - len(s)), (0, 0), (0, 0))) for s in sounds])
 
 
-def collate(samples: Sequence[Sample], index: Index) -> Batch:
-    """Clips -> one batch; sounds are padded on the right to the longest of all.
+def _check_together(samples: Sequence[Sample]) -> None:
+    sizes = {
+        "videos of one size, got latents": {s.video.shape for s in samples},
+        "texts of one length, got features": {s.prompt.video.shape for s in samples},
+    }
+    for name, found in sizes.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"data: a batch needs {name} {sorted(found)}; preprocess all of these "
+                "clips alike"
+            )
 
-    Lengths are given where the folder's sounds differ in length, so that every batch
-    of a folder has the same shapes and the step is compiled once.
+
+def collate(samples: Sequence[Sample], index: Index) -> Batch:
+    """Clips -> one batch; sounds are padded on the right to the longest of the index.
+
+    Lengths are given where the sounds of the index differ in length, so that every
+    batch of it has the same shapes and the step is compiled once.
 
     Raises:
-        ValueError: if the videos differ in size.
+        ValueError: if videos or texts differ in size.
     """
-    shapes = {s.video.shape for s in samples}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"data: a batch needs videos of one size, got latents {sorted(shapes)}; "
-            "preprocess all clips to one size"
-        )
+    _check_together(samples)
 
     def sounds(name: str) -> tuple[Any, Any]:
         which = ("audio", "reference").index(name)
         every = [getattr(s, name) for s in samples]
         if every[0] is None:
             return None, None
-        lengths = jnp.asarray([len(s) for s in every], jnp.int32)
-        padded = jnp.asarray(_padded(every, getattr(index, name)))
+        lengths = np.array([len(s) for s in every], np.int32)
+        padded = _padded(every, getattr(index, name))
         return padded, lengths if index.ragged[which] else None
 
     audio, audio_length = sounds("audio")
@@ -345,40 +347,17 @@ def collate(samples: Sequence[Sample], index: Index) -> Batch:
     prompts = [s.prompt for s in samples]
     seen = [s.video_reference for s in samples if s.video_reference is not None]
     return Batch(
-        video=jnp.asarray(np.stack([s.video for s in samples])),
+        video=np.stack([s.video for s in samples]),
         audio=audio,
         reference=reference,
-        prompt=jax.tree.map(lambda *p: jnp.asarray(np.stack(p)), *prompts),
+        prompt=jax.tree.map(lambda *p: np.stack(p), *prompts),
         audio_length=audio_length,
         reference_length=reference_length,
-        video_reference=jnp.asarray(np.stack(seen)) if seen else None,
+        video_reference=np.stack(seen) if seen else None,
+        rate=Rate(index.fps),
     )
 
 
 def whole(index: Index, connect: Connect) -> Batch:
-    """All clips of an index as one batch (the held-out ones)."""
+    """All clips of an index as one batch."""
     return collate([read(index, clip, connect) for clip in index.clips], index)
-
-
-def batches(
-    index: Index, connect: Connect, batch: int, *, seed: int = 0, cached: int = 256
-) -> Callable[[int], Batch]:
-    """A function from the step to its batch.
-
-    Args:
-        index: the clips to train on.
-        connect: the connectors; they run when a clip is read.
-        batch: B.
-        seed: of the shuffling.
-        cached: how many read clips stay in memory.
-    """
-
-    @functools.lru_cache(maxsize=cached)
-    def sample(at: int) -> Sample:
-        return read(index, index.clips[at], connect)
-
-    def of(step: int) -> Batch:
-        rows = chosen(len(index.clips), batch, step, seed)
-        return collate([sample(int(row)) for row in rows], index)
-
-    return of

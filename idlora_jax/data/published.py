@@ -14,6 +14,7 @@ Source: ltx_trainer/datasets.py: PrecomputedDataset.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,6 +46,7 @@ KINDS = {
 """Names of folders -> the folder of our layout that they stand for."""
 SUFFIXES = (".pt", ".safetensors")
 _INFO = "dataset_info.json"
+_SIZE = re.compile(r"\d+x\d+x\d+")
 _ENTERED = (".precomputed", "precomputed")
 _LATENT, _CONDITION = "latent_", "condition_"
 
@@ -65,6 +67,12 @@ def root_of(folder: Path) -> Path:
         )
     inner = (folder / name for name in _ENTERED)
     return next((f for f in inner if f.is_dir()), folder)
+
+
+def sized(folder: Path) -> list[Path]:
+    """The folders of sizes in a folder, such as 512x512x121; [] if there are none."""
+    inner = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in inner if path.is_dir() and _SIZE.fullmatch(path.name)]
 
 
 def dataset_root(path: Path) -> Path | None:

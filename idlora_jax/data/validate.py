@@ -6,7 +6,6 @@ the folder is listed as training lists it, each bucket's by itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from idlora_jax.data import latents, published, report, sources
 from idlora_jax.data.report import Report
 from idlora_jax.data.stored import AUDIO, VIDEO
 
-_BUCKET = re.compile(r"\d+x\d+x\d+")
 _SLACK = 1
 """Audio latents by which a sound may differ from its video."""
 _LISTED = 5
@@ -29,9 +27,7 @@ def folders(root: Path) -> list[Path]:
     Raises:
         ValueError: if there is no such folder.
     """
-    found = published.root_of(root)
-    inner = (path for path in sorted(root.iterdir()) if path.is_dir())
-    return [path for path in inner if _BUCKET.fullmatch(path.name)] or [found]
+    return published.sized(root) or [published.root_of(root)]
 
 
 def _lengths(found: Report) -> Iterator[str]:
@@ -67,7 +63,7 @@ def check(folder: Path) -> tuple[str, list[str]]:
         wrong.append("no clip has sound: audio_latents/ is missing or empty")
     try:
         wanted = tuple(name for name in latents.FOLDERS if name in found.names)
-        latents.index(folder, wanted or latents.FOLDERS)
+        latents.listed(folder, wanted or latents.FOLDERS)
     except ValueError as error:
         wrong.append(str(error))
     return str(found), wrong

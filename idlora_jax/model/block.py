@@ -17,7 +17,7 @@ Source: ltx_core/model/transformer/transformer.py: BasicAVTransformerBlock.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ class Modality(NamedTuple):
     order: Array | None = None
 
     @property
-    def valid(self) -> dict[str, Array | None]:
+    def valid(self) -> dict[str, Any]:
         """Which tokens are seen as keys."""
         return {"length": self.length, "order": self.order}
 
@@ -178,7 +178,7 @@ class Half(nn.Module):
         m: Modality,
         rope: Rope | None,
         bias: Array | None,
-        valid: Mapping[str, Array | None],
+        valid: Mapping[str, Any],
     ) -> Array:
         """What attention to the other modality adds."""
         assert m.cross_gate is not None

@@ -129,49 +129,6 @@ def test_features_of_both_generations_reach_the_connectors(
     np.testing.assert_array_equal(mask, [[False, True, True, True]])
 
 
-def test_every_epoch_is_a_permutation_of_its_own():
-    rows = np.concatenate([latents.chosen(7, 2, step, seed=0) for step in range(7)])
-    epochs = rows.reshape(2, 7)
-    np.testing.assert_array_equal(np.sort(epochs, 1), [range(7)] * 2)
-    assert not np.array_equal(*epochs)
-
-
-def test_a_steps_clips_depend_on_seed_and_step_alone():
-    for step in (0, 3, 50):
-        first = latents.chosen(7, 2, step, seed=0)
-        np.testing.assert_array_equal(first, latents.chosen(7, 2, step, seed=0))
-    orders = [
-        np.concatenate([latents.chosen(7, 2, s, seed) for s in range(7)])
-        for seed in (0, 1)
-    ]
-    assert not np.array_equal(*orders)
-
-
-def test_a_batch_may_be_larger_than_the_folder(tmp_path: pathlib.Path):
-    index = latents.index(latent_folder.write(tmp_path, 2))
-    batch = latents.batches(index, connect, 5)(0)
-    assert batch.video.shape == (5, 3, 2, 2, 128)
-    assert batch.audio.shape == (5, 9, 16, 8)
-    assert batch.prompt.video.shape == (5, 4, 20)
-    assert batch.audio_length is None
-    assert batch.reference_length is None
-
-
-def test_connectors_run_once_per_clip(tmp_path: pathlib.Path):
-    calls: list[int] = []
-
-    def counting(features: AV, mask: Any) -> Prompt:
-        calls.append(1)
-        return connect(features, mask)
-
-    index = latents.index(latent_folder.write(tmp_path))
-    batches = latents.batches(index, counting, 2)
-    first = [batches(step) for step in range(4)]
-    again = [batches(step) for step in range(4)]
-    assert len(calls) == 4
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-
-
 def test_references_of_different_lengths_are_padded_to_the_longest_of_all(
     tmp_path: pathlib.Path,
 ):
@@ -186,9 +143,9 @@ def test_references_of_different_lengths_are_padded_to_the_longest_of_all(
     assert batch.reference.shape == (3, 8, 16, 8)
     assert (batch.reference[1:, 5:] == 0).all()
     # One shape and one structure for every batch, so that the step compiles once.
-    short = latents.batches(index, connect, 1)
-    shapes = {str(jax.tree.map(jnp.shape, short(step))) for step in range(3)}
-    assert len(shapes) == 1
+    read = [latents.read(index, clip, connect) for clip in index.clips]
+    single = [latents.collate([sample], index) for sample in read]
+    assert len({str(jax.tree.map(jnp.shape, batch)) for batch in single}) == 1
 
 
 def test_sounds_of_different_lengths_carry_their_lengths(tmp_path: pathlib.Path):
@@ -199,25 +156,31 @@ def test_sounds_of_different_lengths_carry_their_lengths(tmp_path: pathlib.Path)
     assert batch.audio.shape[1] == 9
 
 
-def test_collating_videos_of_two_sizes_is_refused(tmp_path: pathlib.Path):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"size": (2, 2, 2)}, "videos of one size, got latents"),
+        (
+            {"text": (8, 20)},
+            r"texts of one length, got features \[\(4, 20\), \(8, 20\)\]",
+        ),
+    ],
+)
+def test_collating_videos_or_texts_of_two_sizes_is_refused(
+    tmp_path: pathlib.Path, other: Any, message: str
+):
     latent_folder.write(tmp_path / "a", 1)
-    one(tmp_path / "b", size=(2, 2, 2))
+    one(tmp_path / "b", **other)
     indices = [latents.index(tmp_path / name) for name in "ab"]
     samples = [latents.read(i, i.clips[0], connect) for i in indices]
-    with pytest.raises(ValueError, match="videos of one size, got latents"):
+    with pytest.raises(ValueError, match=message):
         latents.collate(samples, indices[0])
 
 
-def test_held_out_clips_are_spread_and_leave_training(tmp_path: pathlib.Path):
-    index = latents.index(latent_folder.write(tmp_path, 8))
-    clips, held = latents.split(index, 2)
-    names = [c.name for c in index.clips]
-    assert [c.name for c in held.clips] == [names[2], names[6]]
-    assert len(clips.clips) == 6
-    assert not set(clips.clips) & set(held.clips)
-    assert latents.split(index, 0) == (index, latents.split(index, 0)[1])
-    with pytest.raises(ValueError, match="at least one to train on"):
-        latents.split(index, 8)
+def test_batches_lie_on_the_host(tmp_path: pathlib.Path):
+    batch = latents.whole(latents.index(latent_folder.write(tmp_path)), connect)
+    assert {type(x) for x in jax.tree.leaves(batch)} == {np.ndarray}
+    assert batch.rate is not None and batch.rate.fps == 25.0
 
 
 def test_values_that_are_not_finite_name_their_file(tmp_path: pathlib.Path):

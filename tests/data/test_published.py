@@ -30,7 +30,7 @@ def test_a_published_folder_is_trained_on_like_our_own(
     ours = latents.index(latent_folder.write(tmp_path / "ours", shared=shared))
     theirs = latents.index(published_folder.write(tmp_path / "theirs", shared=shared))
     assert theirs.clips == ours.clips
-    batches = [latents.batches(index, connect, 2)(1) for index in (ours, theirs)]
+    batches = [latents.whole(index, connect) for index in (ours, theirs)]
     jax.tree.map(np.testing.assert_array_equal, *batches)
     assert batches[1].video.dtype == jnp.bfloat16
 

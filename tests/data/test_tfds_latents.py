@@ -16,13 +16,16 @@ import pytest
 import tensorflow_datasets as tfds
 
 from idlora_jax.data import (
+    collection,
     latents,
+    reading,
     report,
     sources,
     tfds_latents,
     tfds_plan,
     tfds_writer,
 )
+from idlora_jax.data.order import Order
 from idlora_jax.data.stored import AUDIO, REFERENCE, TEXT, VIDEO, Stored
 from idlora_jax.data.tfds_plan import Options
 from idlora_jax.types import AV, Prompt
@@ -69,14 +72,20 @@ def test_training_reads_it_as_it_reads_the_folder(tmp_path, shared):
     published_folder.write_clip(
         source, "longer", published_folder.files(9, reference=8, shared=shared)
     )
-    index = latents.index(source)
-    converted = latents.index(convert(source, tmp_path / "tfds"))
+    index = collection.index(source)
+    converted = collection.index(convert(source, tmp_path / "tfds"))
     assert converted.clips == index.clips
-    assert (converted.reference, converted.ragged) == (8, (False, True))
-    for step in range(3):
-        batches = [latents.batches(i, connect, 2)(step) for i in (index, converted)]
-        jax.tree.map(np.testing.assert_array_equal, *batches)
-        assert batches[1].video.dtype == jnp.bfloat16
+    assert [b.ragged for b in converted.buckets] == [(False, True)]
+    assert converted.reference == 8
+    order = Order(index.counts, 2)
+    ours, theirs = (
+        reading.batches(c, connect, order, count=6) for c in (index, converted)
+    )
+    with reading.opened(theirs, ahead=3) as reader:
+        for step in range(6):
+            batches = ours[step], reader(step)
+            jax.tree.map(np.testing.assert_array_equal, *batches)
+            assert batches[1].video.dtype == jnp.bfloat16
 
 
 def test_bfloat16_comes_back_bit_by_bit(folder, tmp_path):
