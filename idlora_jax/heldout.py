@@ -64,7 +64,7 @@ def losses(
     """A function from a training state to its held-out losses.
 
     It also gives what the adapter does; what is predicted without it is the same all
-    the time, and made once. Of a moving average there are the same numbers as `ema_...`.
+    the time, and made once. A moving average has the same numbers, as `ema_...`.
 
     Args:
         config: all settings.
@@ -104,9 +104,8 @@ def told(when: str, numbers: Numbers) -> str:
     """
     names = ("loss", "video_loss", "audio_loss", "ema_loss")
     shown = [f"{n.replace('_', ' ')} {numbers[n]:.5f}" for n in names if n in numbers]
-    effect = "adapter_effect_"
-    does = [(n.removeprefix(effect), v) for n, v in numbers.items() if effect in n]
-    shown += [
-        f"adapter changes {name} by {v:.1%}" for name, v in does if "_" not in name
-    ]
+    for name in ("video", "audio"):
+        if f"adapter_effect_{name}" in numbers:
+            share = numbers[f"adapter_effect_{name}"]
+            shown.append(f"the adapter changes {name} by {share:.1%}")
     return f"held-out {when}: {', '.join(shown)}"

@@ -9,8 +9,8 @@
 
 A clip is what `sample.py` makes of the adapter that is exported at that step, bit by
 bit on CPU, and its JSON says so: with that file `sample.py` finds it finished. The base
-is that of training. The VAEs, the vocoder and an upsampler are put on the device for the
-time of sampling only. Nothing that training depends on is touched.
+is that of training. The VAEs, the vocoder and an upsampler are on the device only while
+clips are made. Nothing that training depends on is touched.
 
 What fails ends one clip, and is told; a disk that cannot be written to ends the run.
 """

@@ -57,7 +57,8 @@ def test_without_is_what_a_base_alone_predicts(evaluate: evaluation.Evaluation):
     noisy = []
     for level in SIGMAS:
         first = jnp.ones(2, bool)
-        draws = strategies.Draws(first, AV(level[None], level[None]), NOISE)
+        sigma = jnp.full(2, level)
+        draws = strategies.Draws(first, AV(sigma, sigma), NOISE)
         inputs = strategies.prepare(draws, BATCH, toy.SPEC)
         noisy.append(inputs.streams.video.x)
     text = 0.01 * jnp.mean(BATCH.prompt.video)
