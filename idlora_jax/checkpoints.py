@@ -118,6 +118,12 @@ def save_adapter(
     return AdapterMeta(**fields)
 
 
+def content_hash(adapter: Adapter) -> str:
+    """What `save_adapter` records of a transformer's adapter, whose b is scaled."""
+    pairs = [*lora.items(jax.device_get({"transformer": adapter}))]
+    return lora_formats.digest(lora_formats.entries(pairs, "comfyui"))
+
+
 def read_tensors(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from idlora_jax.config import AUDIO_TARGETS
-from idlora_jax.settings import require
+from idlora_jax.monitoring import Samples, Wandb
+from idlora_jax.settings import Numerics, require
 
-Numerics = Literal["exact", "reference"]
 StrategyName = Literal[
     "audio_ref_only_ic", "text_to_video", "video_to_video", "audio_video_ic"
 ]
@@ -290,6 +290,8 @@ class TrainConfig:
         fp8: what becomes of kernels that the base holds in 8 bits: times their scales
             in `dtype`, or kept and widened a layer at a time (half the memory).
         heldout: the fixed evaluation.
+        samples: clips that are sampled while training goes on.
+        wandb: whether numbers and clips go to Weights & Biases, too.
         resume: continue from the newest state in `output`.
         resume_with: names of settings, such as "seed" or "optimizer", that may differ
             from those of that state; "base" and "clips" stand for other weights and
@@ -320,6 +322,8 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fp8: Literal["upcast", "keep"] = "upcast"
     heldout: HeldOut = field(default_factory=HeldOut)
+    samples: Samples = field(default_factory=Samples)
+    wandb: Wandb = field(default_factory=Wandb)
     resume: bool = False
     resume_with: tuple[str, ...] = ()
     verify: bool = False
@@ -341,6 +345,9 @@ class TrainConfig:
         if optimizer.name == "schedule_free":
             want = "None: what schedule_free exports is an average already"
             require(self.ema.decay is None, "ema.decay", self.ema.decay, want)
+        if self.samples.ema:
+            want = "off without a moving average (--ema.decay)"
+            require(self.ema.decay is not None, "samples.ema", True, want)
         if self.mode == "full":
             want = "upcast: parameters kept in 8 bits cannot be trained"
             require(self.fp8 == "upcast", "fp8", self.fp8, want)

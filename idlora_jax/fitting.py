@@ -14,14 +14,13 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from idlora_jax import (
@@ -30,6 +29,7 @@ from idlora_jax import (
     diagnosis,
     experiment,
     geometry,
+    heldout,
     loop,
     optimizers,
     prompts,
@@ -37,25 +37,29 @@ from idlora_jax import (
     runs,
     strategies,
     training,
+    validation,
+    wandb_run,
 )
 from idlora_jax.checkpoints import AdapterMeta
 from idlora_jax.data import collection, latents, reading
 from idlora_jax.data.collection import Collection
 from idlora_jax.data.order import Order
 from idlora_jax.experiment import Strategy, TrainConfig
-from idlora_jax.losses import by_level
+from idlora_jax.heldout import Losses, Numbers
 from idlora_jax.model import transformer
+from idlora_jax.records import Sampled
 from idlora_jax.runs import Run
 from idlora_jax.strategies import Batch
-from idlora_jax.training import Metrics, Task, TrainState
+from idlora_jax.training import Task, TrainState
 from idlora_jax.types import Tree
+from idlora_jax.validation import Planned
 from idlora_jax.weights import io, networks, rules
 from idlora_jax.weights.check import verify_watched
 from idlora_jax.weights.networks import Networks
 
 NAMES = ("transformer", "text_connector")
 Say = Callable[[str], None]
-HeldOutLoss = Callable[[TrainState], dict[str, float] | None]
+Sample = Callable[[int, TrainState], Iterable[Sampled]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Fit:
         clips: to train on.
         held: kept out of training.
         resumed: batches already seen; None: a new run.
+        samples: what is sampled while training goes on, or None.
     """
 
     run: Run
@@ -75,6 +80,7 @@ class Fit:
     clips: Collection
     held: Collection
     resumed: int | None
+    samples: Planned | None = None
 
 
 class Result(NamedTuple):
@@ -166,13 +172,18 @@ def _fingerprint(index: Collection) -> str:
     return f"{len(index.clips)} clips, {hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
+def _as_stored(params: Tree, like: Path) -> Tree:
+    """A transformer in the dtypes of a base's file; what is in 8 bits there in 16."""
+    stored, _ = io.locate(io.open_base(like), "transformer")
+    kinds = {p: jnp.bfloat16 if f.narrow else f.spec.dtype for p, f in stored.items()}
+    flat = rules.flatten(params)
+    return rules.nest({path: w.astype(kinds[path]) for path, w in flat.items()})
+
+
 def _export_base(path: Path, params: Tree, about: AdapterMeta, *, like: Path) -> None:
     """A trained transformer under the original key names, in the base's dtypes."""
     opened = io.open_base(like)
-    stored, _ = io.locate(opened, "transformer")
-    flat = rules.flatten(jax.device_get(params))
-    kinds = {p: jnp.bfloat16 if f.narrow else f.spec.dtype for p, f in stored.items()}
-    tree = rules.nest({path: w.astype(kinds[path]) for path, w in flat.items()})
+    tree = _as_stored(jax.device_get(params), like)
     said = opened.metadata | {"training": json.dumps(asdict(about))}
     io.save_original(path, {"transformer": tree}, opened.config, said)
 
@@ -183,6 +194,7 @@ def plan(config: TrainConfig) -> Fit:
     Raises:
         ValueError: naming what was got, what was expected, and what to do.
     """
+    wandb_run.check(config)
     index = collection.index(config.data, folders(config.strategy))
     clips, held = collection.split(index, config.heldout.clips)
     collection.require_batches(clips, config.batch_size)
@@ -200,7 +212,7 @@ def plan(config: TrainConfig) -> Fit:
     full = functools.partial(_export_base, like=config.base)
     export = full if config.mode == "full" else None
     run = Run(config, _meta(config, nets, index), facts, export)
-    return Fit(run, nets, clips, held, runs.newest(run))
+    return Fit(run, nets, clips, held, runs.newest(run), validation.plan(run))
 
 
 def task_of(fit: Fit) -> Task:
@@ -230,61 +242,47 @@ def trained(config: TrainConfig, base: Tree) -> tuple[Tree, Tree]:
     return adapters.init(key, base, lora.rank_of, lora.targets), base
 
 
-def _floats(metrics: Metrics, sigmas: Sequence[float]) -> dict[str, float]:
-    """Metrics as numbers; those of each noise level by its name."""
-    out: dict[str, float] = {}
-    for name, value in metrics.items():
-        part = name.removesuffix("_levels")
-        out |= {name: float(value)} if part == name else by_level(part, value, sigmas)
-    return out
+def served(plan: Fit, read: Tree, base: Tree) -> Callable[[Tree], Tree]:
+    """From what is trained to the parameters that `sample.py` would read.
 
+    Args:
+        plan: from `plan`.
+        read: the base as it was read, or its shapes.
+        base: what is frozen.
+    """
+    config = plan.run.config
+    if config.mode == "lora":
+        return lambda _: base
+    kinds = jax.tree.map(lambda w: w.dtype, read)
 
-def _held_out(
-    fit: Fit, task: Task, base: Tree, connect: latents.Connect
-) -> HeldOutLoss:
-    """The loss of the held-out clips at fixed noise and fixed levels."""
-    settings = fit.run.config.heldout
-    if settings.clips == 0:
-        return lambda _: None
-    key = jax.random.key(settings.seed)
-    batches = [latents.whole(bucket, connect) for bucket in fit.held.buckets]
-    noises = [strategies.draw(key, batch, task.spec).noise for batch in batches]
-    sigmas = jnp.asarray(settings.sigmas)
-    evaluate = training.make_evaluate(task)
+    def exported(params: Tree) -> Tree:
+        stored = _as_stored(params, config.base)
+        return jax.tree.map(lambda w, kind: w.astype(kind), stored, kinds)
 
-    def at(adapter: Any) -> dict[str, float]:
-        """Means over the sizes, each by its number of clips."""
-        pairs = zip(batches, noises, strict=True)
-        found = [
-            _floats(evaluate(adapter, base, batch, sigmas, noise), settings.sigmas)
-            for batch, noise in pairs
-        ]
-        mean = functools.partial(np.average, weights=fit.held.counts)
-        return {name: float(mean([row[name] for row in found])) for name in found[0]}
-
-    def of(state: TrainState) -> dict[str, float]:
-        losses = at(state.evaluated)
-        if state.ema is None:
-            return losses
-        averaged = at(state.ema)
-        return losses | {f"ema_{name}": value for name, value in averaged.items()}
-
-    return of
-
-
-def _told(when: str, losses: dict[str, float] | None, say: Say) -> None:
-    if losses is not None:
-        names = ("loss", "video_loss", "audio_loss")
-        shown = (f"{name.replace('_', ' ')} {losses[name]:.5f}" for name in names)
-        if "ema_loss" in losses:
-            shown = (*shown, f"loss of the average {losses['ema_loss']:.5f}")
-        say(f"held-out {when}: {', '.join(shown)}")
+    return exported
 
 
 def hooks(
-    plan: Fit, task: Task, key: PRNGKeyArray, base: Tree, evaluate: HeldOutLoss
+    plan: Fit,
+    task: Task,
+    key: PRNGKeyArray,
+    base: Tree,
+    evaluate: Losses,
+    *,
+    before: Numbers | None = None,
+    sample: Sample = loop.NOTHING.sample,
 ) -> loop.Hooks:
-    """What the loop asks: held-out losses, what is not finite."""
+    """What the loop asks: losses, samples, what is not finite.
+
+    Args:
+        plan: from `plan`.
+        task: from `task_of`.
+        key: the run's.
+        base: what is frozen.
+        evaluate: from a state to its held-out losses.
+        before: those before the first step.
+        sample: see `loop.Hooks`.
+    """
     config = plan.run.config
 
     def explain(state: TrainState, batch: Batch, names: Sequence[str]) -> str:
@@ -293,9 +291,11 @@ def hooks(
 
     def validate(updates: int, state: TrainState) -> dict[str, float] | None:
         every = config.validate_every
+        if not updates:
+            return before
         return evaluate(state) if every and updates % every == 0 else None
 
-    return loop.Hooks(validate=validate, explain=explain)
+    return loop.Hooks(validate=validate, sample=sample, explain=explain)
 
 
 def batches_of(plan: Fit, connect: latents.Connect) -> reading.Batches:
@@ -319,9 +319,14 @@ def fit(plan: Fit, say: Say = print) -> Result:
     """
     config, nets = plan.run.config, plan.nets
     dtype = jnp.dtype(config.dtype)
+    # Before the base is read: the text encoder and it are never in memory together.
+    shown = None if plan.samples is None else validation.load(plan.samples, say)
     _, found = networks.load(config.base, NAMES, dtype=dtype, fp8=config.fp8)
     params = dict(found)
-    adapter, base = trained(config, params.pop("transformer"))
+    read = params.pop("transformer")
+    adapter, base = trained(config, read)
+    parameters = served(plan, read, base)
+    del read
 
     def connect(features: Any, mask: Any) -> Any:
         return prompts.prompts(nets, params, features, mask, numerics=config.numerics)
@@ -330,22 +335,29 @@ def fit(plan: Fit, say: Say = print) -> Result:
     tx = make(config.optimizer, config.steps, ema=config.ema)
     state = runs.start(plan.run, plan.resumed, training.init(adapter, base, tx))
     task = task_of(plan)
-    evaluate = _held_out(plan, task, base, connect)
+    evaluate = heldout.losses(config, plan.held, task, adapter, base, connect)
     before = evaluate(state)
     seen = int(state.step)
     say(
         f"training on {len(plan.clips.clips)} clips, {config.steps} steps"
         + (f", after {seen} batches seen" if seen else "")
     )
-    _told("before", before, say)
+    if before is not None:
+        say(heldout.told("before", before))
     key = jax.random.key(config.seed)
     step = training.make_train_step(task, tx, key)
-    asked = hooks(plan, task, key, base, evaluate)
+    sample: Sample = loop.NOTHING.sample
+    if plan.samples is not None and shown is not None:
+        sample = validation.sampler(plan.samples, shown, parameters)
+        for name, line in plan.samples.warnings:
+            say(f"warning: {name}: {line}")
+    asked = hooks(plan, task, key, base, evaluate, before=before, sample=sample)
     data, position = batches_of(plan, connect), runs.position(plan.run, plan.resumed)
     ahead = {"ahead": config.read_ahead, "seen": seen, "position": position}
     with reading.opened(data, **ahead) as batches:
         asked = replace(asked, names=data.names, position=batches.position)
         state, signal = loop.train(plan.run, step, state, base, batches, asked)
     after = None if signal else evaluate(state)
-    _told("after", after, say)
+    if after is not None:
+        say(heldout.told("after", after))
     return Result(state, runs.exported(plan.run, state), before, after, signal)

@@ -1,7 +1,8 @@
 """What is asked for, read and checked before any weights of the base are read.
 
 opened(config) -> Opened               networks and adapters, shared by many samples
-check(config, opened) -> Job, Inputs   one sample's files, layout and plan
+read(config, opened) -> Job, Inputs    one sample's files, layout and plan
+check(config, opened) -> Job, Inputs   the same, and the output folder
 """
 
 from __future__ import annotations
@@ -279,6 +280,18 @@ def _hashes(config: SampleConfig) -> dict[str, Any]:
 
 
 def check(config: SampleConfig, found: Opened | None = None) -> tuple[Job, Inputs]:
+    """`read`, and whether the output folder can be written to, which is made.
+
+    Raises:
+        ValueError: see `read`.
+        OSError: if the output folder cannot be written to.
+    """
+    made = read(config, found)
+    _check_folder(config.output_dir)
+    return made
+
+
+def read(config: SampleConfig, found: Opened | None = None) -> tuple[Job, Inputs]:
     """Read and check everything a sample is made from, but for the base's weights.
 
     Args:
@@ -288,7 +301,6 @@ def check(config: SampleConfig, found: Opened | None = None) -> tuple[Job, Input
 
     Raises:
         ValueError: naming what was got, what was expected, and what to do.
-        OSError: if the output folder cannot be written to.
     """
     if not config.prompt.strip():
         raise ValueError(
@@ -317,7 +329,6 @@ def check(config: SampleConfig, found: Opened | None = None) -> tuple[Job, Input
     hashes = _hashes(config)
     text = text_parts(config, found)
     changes = {n: parts.get("transformer", {}) for n, parts in found.parts.items()}
-    _check_folder(config.output_dir)
     job = Job(
         config,
         found.nets,

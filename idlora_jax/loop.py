@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from idlora_jax import optimizers, records, states
-from idlora_jax.records import Records, Row
+from idlora_jax.records import Records, Row, Sampled
 from idlora_jax.runs import Run, listed, save
 from idlora_jax.states import Data
 from idlora_jax.strategies import Batch
@@ -51,7 +51,10 @@ class Hooks:
     Attributes:
         names: from the number of batches seen to the names of the next one's clips.
         validate: from updates and state to held-out losses, or None where they are not
-            known then; called after every update, before that is saved.
+            known then; called before the first update and after every one, before
+            that is saved.
+        sample: from updates and state to the clips to be shown then, made one by one;
+            called before the first update, and after every one when that is saved.
         explain: from a state, a batch and its clips' names to the first tensor that is
             not finite in that step; see `diagnosis`.
         position: where the reader of the data stands, for the saved state.
@@ -59,6 +62,7 @@ class Hooks:
 
     names: Callable[[int], Sequence[str]] = lambda _: ()
     validate: Callable[[int, TrainState], Row | None] = lambda *_: None
+    sample: Callable[[int, TrainState], Iterable[Sampled]] = lambda *_: ()
     explain: Callable[[TrainState, Batch, Sequence[str]], str] | None = None
     position: Callable[[], Data | None] = lambda: None
 
@@ -153,6 +157,37 @@ def _report(run: Run, log: Records, bar: tqdm, row: Row) -> None:
         print(_line(run, row), flush=True)
 
 
+def _validated(
+    log: Records, hooks: Hooks, updates: int, state: TrainState
+) -> float | None:
+    """The held-out loss, and all that is known of it into the logs; None: not now."""
+    held = hooks.validate(updates, state)
+    if held is None:
+        return None
+    log.write(updates, {f"heldout/{k}": v for k, v in held.items()})
+    return held["loss"]
+
+
+def _shown(
+    log: Records, clips: Iterable[Sampled], updates: int, caught: Sequence[int]
+) -> None:
+    """Clips into the logs as they are made, until a signal."""
+    begun, written, failed = time.perf_counter(), 0, 0
+    for clip in clips:
+        if clip.message:
+            tqdm.write(f"warning: {clip.name}: {clip.message}", file=sys.stderr)
+            failed += 1
+        else:
+            log.show(updates, clip)
+            written += clip.new
+        if caught:
+            break
+    if written or failed:
+        spent = time.perf_counter() - begun
+        numbers = {"written": float(written), "failed": float(failed), "s": spent}
+        log.write(updates, {f"samples/{k}": v for k, v in numbers.items()})
+
+
 def _stepped(
     run: Run, step: Step, state: TrainState, base: Tree, batches: Batches, hooks: Hooks
 ) -> Iterator[Done]:
@@ -199,7 +234,7 @@ def train(
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
     rows: list[Row] = []
     bad: list[Done] = []
-    loss, since = None, time.perf_counter()
+    loss = None
     kept = {"keep": config.keep, "keep_best": config.keep_best}
     with (
         stopping() as caught,
@@ -207,6 +242,11 @@ def train(
         states.opened(run.states, **kept) as out,
         records.opened(config, run.log, first) as log,
     ):
+        if not int(state.step):
+            _validated(log, hooks, 0, state)
+        clips = (c for c in hooks.sample(first, state) if c.new)  # others are logged
+        _shown(log, clips, first, caught)
+        since = time.perf_counter()
         for done in _stepped(run, step, state, base, batches, hooks):
             out.check()
             state, rows = done.state, [*rows, done.row]
@@ -224,13 +264,13 @@ def train(
                     _report(run, log, bar, extra | mean)
                     rows, since = [], time.perf_counter()
                 begun = time.perf_counter()
-                held = hooks.validate(updates, state)
-                if held is not None:
-                    loss = held["loss"]
-                    log.write(updates, {f"heldout/{k}": v for k, v in held.items()})
-                    since += time.perf_counter() - begun
+                loss = _validated(log, hooks, updates, state)
+                since += time.perf_counter() - begun
                 if updates % config.save_every == 0:
                     save(run, out, state, loss, hooks.position())
+                begun = time.perf_counter()
+                _shown(log, hooks.sample(updates, state), updates, caught)
+                since += time.perf_counter() - begun
             if len(bad) == PATIENCE:
                 save(run, out, state, loss, hooks.position())
                 _refuse(run, hooks, bad)

@@ -35,6 +35,8 @@ from idlora_jax.sound import SILENCE
 LICENCE = "made by a model; the licence of the model's weights applies"
 TITLE = "Synthetic clip"
 KINDS = ("mp4", "wav", "png", "json")
+TEMPORARY = ".sample-"
+"""How folders begin in which a sample is written before it is there."""
 
 Arrays = tuple[np.ndarray | None, np.ndarray | None]
 
@@ -222,7 +224,7 @@ def write(
     entry = _entry(job, arrays, seconds)
     folder, (final,) = job.config.output_dir, targets(job, ("json",))
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".sample-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as temporary:
         made = _write_media(job, arrays, entry, Path(temporary))
         entry["files"] = {path.name: {"bytes": path.stat().st_size} for path in made}
         sidecar = Path(temporary) / final.name

@@ -1,7 +1,9 @@
-"""Where the numbers of a training run go.
+"""Where the numbers of a training run go, and the clips sampled on the way.
 
     log.jsonl       always: one JSON object a line, its `step` first; not finite is null
-    tensorboard/    the same numbers as scalars (`TrainConfig.tensorboard`)
+    tensorboard/    the same numbers as scalars, contact sheets and sound of clips
+                    (`TrainConfig.tensorboard`)
+    wandb/          the same for Weights & Biases (`TrainConfig.wandb`); see `wandb_run`
 
 A run that goes on from a saved state appends to both. The lines after that state were
 cut off (`runs.start`), and TensorBoard is told to drop what it has from there on.
@@ -15,13 +17,14 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
+from idlora_jax import media, wandb_run
 from idlora_jax.experiment import TrainConfig
 
 Row = dict[str, float]
@@ -29,12 +32,32 @@ FOLDER = "tensorboard"
 GB = 1e9
 
 
+class Sampled(NamedTuple):
+    """A clip that was sampled while training went on; see `validation`.
+
+    Attributes:
+        name: where it stands in the logs.
+        files: what there is of it, by ending: "mp4", "wav", "png", "json".
+        new: False if it was there before.
+        message: what went wrong, if there is none.
+    """
+
+    name: str
+    files: Mapping[str, Path] = {}
+    new: bool = True
+    message: str = ""
+
+
 @runtime_checkable
 class Sink(Protocol):
-    """What takes numbers by name."""
+    """What takes numbers by name, and clips."""
 
     def scalars(self, step: int, values: Row) -> None:
         """Write the numbers of a step."""
+        ...
+
+    def clip(self, step: int, name: str, files: Mapping[str, Path]) -> None:
+        """Write a clip, whose files are given by ending."""
         ...
 
 
@@ -50,6 +73,9 @@ class Lines:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **shown}) + "\n")
 
+    def clip(self, step: int, name: str, files: Mapping[str, Path]) -> None:
+        """Nothing: the JSON beside the clip says all there is."""
+
 
 @dataclass(frozen=True)
 class Board:
@@ -61,6 +87,19 @@ class Board:
         """One number each, on disk when this returns."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def clip(self, step: int, name: str, files: Mapping[str, Path]) -> None:
+        """Contact sheet and sound; the mp4 stays where it is."""
+        if "png" in files:
+            sheet = media.read_image(files["png"])
+            self.writer.add_image(f"{name}/sheet", sheet, step, dataformats="HWC")
+        if "wav" in files:
+            # Here and not above: librosa, which this library uses, brings it.
+            import soundfile
+
+            wave, rate = soundfile.read(files["wav"], dtype="float32", always_2d=True)
+            self.writer.add_audio(f"{name}/sound", wave, step, rate)
         self.writer.flush()
 
 
@@ -79,6 +118,15 @@ class Records:
         for sink in self.sinks:
             sink.scalars(step, values)
 
+    def show(self, step: int, clip: Sampled) -> None:
+        """Give a clip to all.
+
+        Raises:
+            OSError: if one cannot be written.
+        """
+        for sink in self.sinks:
+            sink.clip(step, clip.name, clip.files)
+
 
 @contextlib.contextmanager
 def opened(config: TrainConfig, log: Path, first: int) -> Iterator[Records]:
@@ -89,21 +137,28 @@ def opened(config: TrainConfig, log: Path, first: int) -> Iterator[Records]:
         log: the JSONL file.
         first: updates done before.
     """
-    lines = Lines(log)
-    if not config.tensorboard:
-        yield Records((lines,))
-        return
+    with contextlib.ExitStack() as stack:
+        sinks: list[Sink] = [Lines(log)]
+        if config.tensorboard:
+            sinks.append(stack.enter_context(_board(config.output / FOLDER, first)))
+        if config.wandb.project is not None:
+            sinks.append(stack.enter_context(wandb_run.opened(config)))
+        yield Records(tuple(sinks))
+
+
+@contextlib.contextmanager
+def _board(folder: Path, first: int) -> Iterator[Board]:
     # Takes seconds where torch is installed, which it then imports.
     from tensorboardX import SummaryWriter
 
-    folder = config.output / FOLDER
-    purge = first + 1 if folder.is_dir() else None
+    # Before the first step there may be numbers, too.
+    purge = first + bool(first) if folder.is_dir() else None
     # A second of its own is not enough to tell the files of two starts apart.
     writer = SummaryWriter(
         str(folder), purge_step=purge, filename_suffix=f".{time.time_ns()}"
     )
     with contextlib.closing(writer):
-        yield Records((lines, Board(writer)))
+        yield Board(writer)
 
 
 def peak_bytes() -> int:

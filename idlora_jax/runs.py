@@ -40,7 +40,7 @@ Export = Callable[[Path, Tree, AdapterMeta], Any]
 Written = tuple[Path, Tree, AdapterMeta]
 FREE = frozenset(
     "base data output resume resume_with verify steps save_every keep keep_best "
-    "log_every tensorboard validate_every read_ahead".split()
+    "log_every tensorboard validate_every read_ahead samples wandb".split()
 )
 """Settings that may differ when a run is resumed; `steps` moves the schedule's end."""
 
@@ -93,7 +93,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a saved state belongs to."""
         settings = experiment.flat(experiment.plain(self.config))
-        kept = {k: v for k, v in settings.items() if k not in FREE}
+        kept = {k: v for k, v in settings.items() if not _free(k)}
         return {"settings": kept, **self.facts}
 
 
@@ -102,8 +102,11 @@ def exported(run: Run, state: TrainState) -> Path:
     return run.adapter(int(state.step) // run.accumulation)
 
 
-def _exports(run: Run, state: TrainState) -> list[Written]:
-    """What is exported of a state; the moving average stands in NAME_ema."""
+def exports(run: Run, state: TrainState) -> list[Written]:
+    """What is exported of a state: file, unscaled tree, facts.
+
+    The moving average, if there is one, comes second, and stands in NAME_ema.
+    """
     path = exported(run, state)
     updates = int(state.step) // run.accumulation
     about = dataclasses.replace(run.meta, step=updates)
@@ -148,7 +151,7 @@ def save(
     # Copied to the host now: the next step takes the arrays over.
     beside = tuple(
         functools.partial(_export, run, path, jax.device_get(tree), about)
-        for path, tree, about in _exports(run, state)
+        for path, tree, about in exports(run, state)
     )
     meta = {**run.identity(), "batches": batches}
     out.save(batches, state, meta, loss=loss, data=data, beside=beside)
@@ -161,6 +164,10 @@ def _named(flat: dict[str, Any]) -> dict[str, Any]:
 def _covers(name: str, setting: str) -> bool:
     """Whether `optimizer` or `optimizer.clip` stands for `optimizer.clip`."""
     return setting == name or setting.startswith(f"{name}.")
+
+
+def _free(setting: str) -> bool:
+    return any(_covers(name, setting) for name in FREE)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
@@ -235,12 +242,14 @@ def start(run: Run, batches: int | None, state: TrainState) -> TrainState:
     run.config.output.mkdir(parents=True, exist_ok=True)
     for path in run.config.output.glob(f".{run.name}_step_*.tmp*"):
         path.unlink()
-    _cut(run.log, "step", (batches or 0) // run.accumulation)
+    # Before the first step there is a line, too, which a new run writes again.
+    last = -1 if batches is None else batches // run.accumulation
+    _cut(run.log, "step", last)
     _cut(run.order, "batch", batches or 0)
     if batches is None:
         return state
     state = states.restore(run.states, batches, state)
-    for path, tree, about in _exports(run, state):
+    for path, tree, about in exports(run, state):
         if not path.exists():
             _export(run, path, tree, about)
     return state

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from idlora_jax.experiment import Numerics, require
-from idlora_jax.settings import Guidance
+from idlora_jax.settings import Guidance, Numerics, require
 
 NEGATIVE_PROMPT = (
     "blurry or flickering picture, deformed face, stiff or mismatched lips, captions, "

@@ -83,15 +83,21 @@ def mesh_of(config: SampleConfig) -> Mesh | None:
     return parallel.make(config.mesh) if config.mesh else None
 
 
-def load(config: SampleConfig, nets: Networks) -> Mapping[str, Tree]:
+def load(
+    config: SampleConfig, nets: Networks, names: Sequence[str] = MEDIA_SIDE
+) -> Mapping[str, Tree]:
     """The parameters of all networks but the text side.
+
+    Args:
+        config: which files, dtype and mesh.
+        nets: what they are.
+        names: which of the base's; the upsampler is read where there is one.
 
     Raises:
         ValueError: if weights are missing or do not fit.
     """
     options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "fp8": config.fp8}
     options["mesh"] = mesh_of(config)
-    names = MEDIA_SIDE
     if nets.upsampler is not None:
         names, options["upsampler_path"] = (*names, "upsampler"), config.upsampler
     return networks.load(config.base, names, **options)[1]

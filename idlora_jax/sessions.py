@@ -54,12 +54,28 @@ class Outcome(NamedTuple):
         state: "skipped" if it was finished before.
         paths: of the files that were written.
         message: what went wrong, in one line.
+        error: the same as it was raised.
     """
 
     config: SampleConfig
     state: Literal["written", "skipped", "failed"]
     paths: tuple[Path, ...] = ()
     message: str = ""
+    error: Exception | None = None
+
+
+class Loaded(NamedTuple):
+    """What samples need beside their own files.
+
+    Attributes:
+        params: of all networks but the text side, by network.
+        prompts: by text.
+        seconds: how long each took to read.
+    """
+
+    params: Mapping[str, Tree]
+    prompts: Mapping[str, Prompt]
+    seconds: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -97,16 +113,14 @@ class _Shared(NamedTuple):
     """What all groups of a session use."""
 
     found: Opened
-    params: Mapping[str, Tree]
-    prompts: Mapping[str, Prompt]
-    seconds: Mapping[str, float]
+    loaded: Loaded
     colours: Callable[[], previews.LinearMap]
     watch: WatchNamed | None
 
 
 def _failed(config: SampleConfig, error: Exception) -> Outcome:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return Outcome(config, "failed", message=lines[0])
+    return Outcome(config, "failed", message=lines[0], error=error)
 
 
 def _clip(config: SampleConfig) -> Path:
@@ -120,20 +134,21 @@ def _follow(config: SampleConfig, outcomes: Sequence[Outcome]) -> None:
             raise ValueError(f"continue_from: {before.config.name} failed")
 
 
-def prepare(configs: Sequence[SampleConfig]) -> Session:
+def prepare(configs: Sequence[SampleConfig], found: Opened | None = None) -> Session:
     """Check all samples, before any weights of the base are read.
 
     One that goes on from another that is still to be made is checked in its turn.
 
     Args:
         configs: from `batches.read`: they share all files but those of media.
+        found: from `jobs.opened`, where that is known; None: opened here.
 
     Raises:
         ValueError: if nothing can be made: weights that do not fit each other, or
             anything wrong with the only sample.
         OSError: if the only sample's output folder cannot be written to.
     """
-    found = jobs.opened(configs[0])
+    found = jobs.opened(configs[0]) if found is None else found
     todo: list[SampleConfig] = []
     outcomes: list[Outcome] = []
     warnings: list[tuple[str, str]] = []
@@ -215,7 +230,10 @@ def _judge(configs: Sequence[SampleConfig], found: Opened) -> _Judge:
 
 
 def make(
-    session: Session, watch: WatchNamed | None = None, note: Say | None = None
+    session: Session,
+    watch: WatchNamed | None = None,
+    note: Say | None = None,
+    loaded: Loaded | None = None,
 ) -> Iterator[Outcome]:
     """Make the samples of a session; outcomes come as they are known.
 
@@ -224,13 +242,15 @@ def make(
         watch: called after every step of every group of samples.
         note: takes a line about prompts that could not be kept, and what is likely to
             make a bad clip of those that could not be checked before.
+        loaded: what `load` gives, where it is there already.
 
     Raises:
         ValueError: if weights are missing or do not fit.
     """
     if not session.todo:
         return
-    shared, known = _loaded(session, watch, note), [*session.outcomes]
+    loaded = load(session, note) if loaded is None else loaded
+    shared, known = _shared(session, loaded, watch), [*session.outcomes]
     told = {name for name, _ in session.warnings}
 
     def ready(config: SampleConfig) -> _Ready | Outcome:
@@ -248,7 +268,16 @@ def make(
             yield outcome
 
 
-def _loaded(session: Session, watch: WatchNamed | None, note: Say | None) -> _Shared:
+def load(session: Session, note: Say | None = None) -> Loaded:
+    """Encode the texts of a session, then read the other networks.
+
+    Args:
+        session: from `prepare`.
+        note: takes a line about prompts that could not be kept.
+
+    Raises:
+        ValueError: if weights are missing or do not fit.
+    """
     found, config = session.found, session.todo[0]
     nets, clock = found.nets, [time.perf_counter()]
     changes = jobs.text_parts(config, found)
@@ -257,9 +286,13 @@ def _loaded(session: Session, watch: WatchNamed | None, note: Say | None) -> _Sh
     params = sampling.load(config, nets)
     clock.append(time.perf_counter())
     text_s, load_s = np.diff(clock).tolist()
-    colours = functools.cache(lambda: previews.fit(nets.video_vae, params["video_vae"]))
-    seconds = {"text": text_s, "load": load_s}
-    return _Shared(found, params, prompts, seconds, colours, watch)
+    return Loaded(params, prompts, {"text": text_s, "load": load_s})
+
+
+def _shared(session: Session, loaded: Loaded, watch: WatchNamed | None) -> _Shared:
+    cfg, params = session.found.nets.video_vae, loaded.params
+    colours = functools.cache(lambda: previews.fit(cfg, params["video_vae"]))
+    return _Shared(session.found, loaded, colours, watch)
 
 
 def _ready(config: SampleConfig, shared: _Shared) -> _Ready | Outcome:
@@ -267,7 +300,8 @@ def _ready(config: SampleConfig, shared: _Shared) -> _Ready | Outcome:
     job, inputs = check(config, shared.found)
     if is_finished(job):
         return Outcome(config, "skipped")
-    request = sampling.request(job, inputs, shared.params, shared.prompts)
+    loaded = shared.loaded
+    request = sampling.request(job, inputs, loaded.params, loaded.prompts)
     return _Ready(job, inputs, request)
 
 
@@ -304,12 +338,13 @@ def _outcomes(group: Sequence[_Ready], shared: _Shared) -> Iterator[Outcome]:
     watch = _watching([job.config for job in made], recorder, shared)
     start, requests = time.perf_counter(), [one.request for one in group]
     try:
-        args = (made, group[0].inputs, requests, shared.params)
+        args = (made, group[0].inputs, requests, shared.loaded.params)
         result = sampling.run(*args, watch)
     except FAILURES as error:
         yield from (_failed(job.config, error) for job in made)
         return
-    seconds = {**shared.seconds, "sample": (time.perf_counter() - start) / len(group)}
+    own = (time.perf_counter() - start) / len(group)
+    seconds = {**shared.loaded.seconds, "sample": own}
     seconds = {name: round(value, 3) for name, value in seconds.items()}
     for n, job in enumerate(made):
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Numerics = Literal["exact", "reference"]
 
 
 def require(ok: bool, name: str, got: Any, expected: str) -> None:

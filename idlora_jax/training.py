@@ -1,4 +1,4 @@
-"""One training step and the fixed evaluation.
+"""One training step.
 
     loss = mse(velocity of the video's unfixed tokens)
          + audio_weight * mse(velocity of the audio's target tokens)
@@ -40,7 +40,6 @@ from idlora_jax.types import AV, Adapter, Numerics, Tree, each
 Apply = Callable[..., tuple[AV, ...]]
 Prepare = Callable[..., Any]
 Metrics = dict[str, Array]
-Evaluate = Callable[..., Metrics]
 Real = float | int
 _DROPOUT = 1
 """Folded into a step's key: draws split that key, dropout has another."""
@@ -188,6 +187,13 @@ def loss(
     Source: ltx_trainer/training_strategies/audio_ref_only_ic.py: compute_loss.
     """
     pred = predict(task, base, adapter, inputs, tables, key=key)
+    return loss_of(task, pred, inputs)
+
+
+def loss_of(
+    task: Task, pred: AV, inputs: TrainInputs
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of velocities, AV of [B T C], whose first tokens are the targets."""
     parts = each(
         lambda p, v, mask: losses.masked_mse(p[:, : v.shape[1]], v, mask),
         pred,
@@ -199,7 +205,8 @@ def loss(
     return total, {"loss": total, "video_loss": parts.video, "audio_loss": audio}
 
 
-def _inputs(task: Task, draws: Draws, batch: Batch) -> TrainInputs:
+def inputs_of(task: Task, draws: Draws, batch: Batch) -> TrainInputs:
+    """What a batch becomes by given draws."""
     how = {"numerics": task.numerics, "rounding": task.rounding}
     fps = task.fps if batch.rate is None else batch.rate.fps
     return strategies.prepare(draws, batch, task.spec, fps=fps, **how)
@@ -224,7 +231,7 @@ def seen(
     at = jax.random.fold_in(key, step)
     if draws is None:
         draws = strategies.draw(at, batch, task.spec)
-    return _inputs(task, draws, batch), jax.random.fold_in(at, _DROPOUT)
+    return inputs_of(task, draws, batch), jax.random.fold_in(at, _DROPOUT)
 
 
 def _if(ok: Array, new: Any, old: Any) -> Any:
@@ -280,35 +287,3 @@ def make_train_step(
         return TrainState(adapter, opt_state, state.step + 1), metrics | extra
 
     return jax.jit(step, donate_argnums=0)
-
-
-def make_evaluate(task: Task) -> Evaluate:
-    """Build the jitted `evaluate(adapter, base, batch, sigmas, noise) -> metrics`.
-
-    The losses are means over the given noise levels [n], with the same noise (AV of
-    [B T C]) at each; `video_loss_levels` and `audio_loss_levels` [n] are those of each
-    level (`losses.by_level` names them). The first frame is given where training gives
-    it mostly, and references always are.
-    """
-
-    def evaluate(
-        adapter: Adapter,
-        base: Tree,
-        batch: Batch,
-        sigmas: Float[Array, " n"],
-        noise: AV,
-    ) -> Metrics:
-        size = batch.video.shape[0]
-        first = jnp.full(size, task.spec.first_frame_p >= 0.5)
-
-        def at(level: Array) -> Metrics:
-            sigma = each(lambda _: jnp.broadcast_to(level, (size,)), noise)
-            inputs = _inputs(task, Draws(first, sigma, noise), batch)
-            return loss(task, base, adapter, inputs)[1]
-
-        found = jax.lax.map(at, sigmas)
-        parts = ("video_loss", "audio_loss")
-        levels = {f"{name}_levels": found[name] for name in parts}
-        return jax.tree.map(jnp.mean, found) | levels
-
-    return jax.jit(evaluate)

@@ -14,7 +14,14 @@ import pytest
 import small_transformer as small
 import toy_training as toy
 
-from idlora_jax import adapters, experiment, optimizers, strategies, training
+from idlora_jax import (
+    adapters,
+    evaluation,
+    experiment,
+    optimizers,
+    strategies,
+    training,
+)
 from idlora_jax.config import transformer_config
 from idlora_jax.model import transformer
 from idlora_jax.types import AV, Branch
@@ -187,18 +194,6 @@ def test_computing_in_bfloat16_keeps_adapter_and_loss_in_float32():
     assert {a.dtype for a in jax.tree.leaves(state.adapter)} == {jnp.dtype("float32")}
 
 
-def test_the_evaluation_averages_over_its_fixed_levels():
-    evaluate = training.make_evaluate(toy.task())
-    batch = toy.batch(9)
-    noise = strategies.draw(jax.random.key(1), batch, toy.SPEC).noise
-    args = toy.adapter(), toy.base(), batch
-    alone = [evaluate(*args, SIGMAS[n : n + 1], noise)["loss"] for n in range(8)]
-    found = evaluate(*args, SIGMAS, noise)
-    np.testing.assert_allclose(found["loss"], np.mean(alone), rtol=1e-5)
-    levels = found["video_loss_levels"] + found["audio_loss_levels"]
-    np.testing.assert_allclose(levels, alone, rtol=1e-5)
-
-
 METHODS = {
     "adamw8bit": {},
     "lion": {"betas": (0.9, 0.99)},
@@ -353,7 +348,7 @@ def test_the_held_out_audio_loss_falls_for_every_seed_but_not_at_rate_0():
     tx = optax.chain(optimizers.make_optimizer(settings, 30), throttle())
     task, base = real_task(remat="none"), small.base("2.0")
     step = training.make_train_step(task, tx, jax.random.key(0))
-    evaluate = training.make_evaluate(task)
+    evaluate = evaluation.make_evaluate(task)
     draw = jax.jit(strategies.draw, static_argnums=2)
 
     def audio_losses(seed: int, factor: float) -> tuple[float, float]:
