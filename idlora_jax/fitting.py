@@ -15,25 +15,30 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from idlora_jax import (
     adapters,
     as_trained,
     diagnosis,
+    distributed,
     experiment,
     geometry,
     loop,
     optimizers,
+    parallel,
     prompts,
     references,
     runs,
+    shares,
     strategies,
     training,
 )
@@ -51,7 +56,6 @@ from idlora_jax.weights import io, networks, rules
 from idlora_jax.weights.check import verify_watched
 from idlora_jax.weights.networks import Networks
 
-NAMES = ("transformer", "text_connector")
 Say = Callable[[str], None]
 HeldOutLoss = Callable[[TrainState], dict[str, float] | None]
 
@@ -173,6 +177,7 @@ def plan(config: TrainConfig) -> Fit:
     if config.verify:
         verify_watched(io.open_base(config.base))
     nets, _ = networks.load(config.base, ())
+    shares.mesh_of(config.mesh, nets.transformer)
     if config.mode == "lora":
         shapes = io.shapes(io.open_base(config.base), "transformer")
         modules = adapters.select(shapes, config.lora.targets)
@@ -187,12 +192,12 @@ def plan(config: TrainConfig) -> Fit:
     return Fit(run, nets, clips, held, runs.newest(run))
 
 
-def task_of(fit: Fit) -> Task:
+def task_of(fit: Fit, mesh: Mesh | None = None) -> Task:
     """The transformer's functions with the run's settings."""
     config, cfg = fit.run.config, fit.nets.transformer
     scanned = ("params" if config.mode == "full" else "lora",)
     return Task(
-        apply=transformer.bind(cfg, remat=config.remat, scanned=scanned),
+        apply=transformer.bind(cfg, remat=config.remat, scanned=scanned, mesh=mesh),
         prepare=functools.partial(transformer.prepare, cfg, numerics=config.numerics),
         spec=config.strategy,
         fps=fit.clips.fps,
@@ -205,13 +210,20 @@ def task_of(fit: Fit) -> Task:
     )
 
 
-def trained(config: TrainConfig, base: Tree) -> tuple[Tree, Tree]:
+def trained(
+    config: TrainConfig, base: Tree, mesh: Mesh | None = None
+) -> tuple[Tree, Tree]:
     """What is trained, in float32, and what is frozen: nothing in mode "full"."""
-    if config.mode == "full":
-        return jax.tree.map(lambda w: w.astype(jnp.float32), base), {}
-    lora = config.lora
-    key = jax.random.key(lora.seed)
-    return adapters.init(key, base, lora.rank_of, lora.targets), base
+    lora, full = config.lora, config.mode == "full"
+
+    def adapter(base: Tree) -> Tree:
+        key = jax.random.key(lora.seed)
+        return adapters.init(key, base, lora.rank_of, lora.targets)
+
+    def whole(base: Tree) -> Tree:
+        return jax.tree.map(lambda w: w.astype(jnp.float32), base)
+
+    return shares.made(whole if full else adapter, mesh, base), {} if full else base
 
 
 def _floats(metrics: Metrics, sigmas: Sequence[float]) -> dict[str, float]:
@@ -224,16 +236,25 @@ def _floats(metrics: Metrics, sigmas: Sequence[float]) -> dict[str, float]:
 
 
 def _held_out(
-    fit: Fit, task: Task, base: Tree, connect: latents.Connect
+    fit: Fit,
+    task: Task,
+    base: Tree,
+    connect: latents.Connect,
+    mesh: Mesh | None = None,
 ) -> HeldOutLoss:
     """The loss of the held-out clips at fixed noise and fixed levels."""
     settings = fit.run.config.heldout
     if settings.clips == 0:
         return lambda _: None
-    batch: Batch = latents.whole(fit.held, connect)
+    rows = parallel.own_rows(mesh, settings.clips)
+    clips = tuple(fit.held.clips[row] for row in rows)
+    read = latents.whole(replace(fit.held, clips=clips), connect)
+    batch: Batch = parallel.from_own_rows(read, mesh, settings.clips)
     noise = strategies.draw(jax.random.key(settings.seed), batch, task.spec).noise
-    sigmas = jnp.asarray(settings.sigmas)
-    evaluate = training.make_evaluate(task)
+    own = jax.tree.map(lambda x: x[rows], noise)
+    noise = parallel.from_own_rows(own, mesh, settings.clips)
+    sigmas = np.asarray(settings.sigmas, np.float32)
+    evaluate = training.make_evaluate(task, shares.everywhere(mesh))
 
     def at(adapter: Any) -> dict[str, float]:
         found = evaluate(adapter, base, batch, sigmas, noise)
@@ -247,6 +268,19 @@ def _held_out(
         return losses | {f"ema_{name}": value for name, value in averaged.items()}
 
     return of
+
+
+def _batches(plan: Fit, connect: latents.Connect, mesh: Mesh | None) -> loop.Batches:
+    """From the number of batches seen to the next one; a process reads its rows."""
+    config = plan.run.config
+    size, rows = config.batch_size, parallel.own_rows(mesh, config.batch_size)
+    options: dict[str, Any] = {"seed": config.seed, "rows": rows}
+    read = latents.batches(plan.clips, connect, size, **options)
+    return lambda seen: parallel.from_own_rows(read(seen), mesh, size)
+
+
+def _silent(line: str) -> None:
+    """What other processes than the first say."""
 
 
 def _told(when: str, losses: dict[str, float] | None, say: Say) -> None:
@@ -291,19 +325,25 @@ def fit(plan: Fit, say: Say = print) -> Result:
         OSError: if something cannot be written.
     """
     config, nets = plan.run.config, plan.nets
-    dtype = jnp.dtype(config.dtype)
-    _, found = networks.load(config.base, NAMES, dtype=dtype, fp8=config.fp8)
-    params = dict(found)
-    adapter, base = trained(config, params.pop("transformer"))
+    mesh = shares.mesh_of(config.mesh, nets.transformer)
+    say = say if distributed.is_first() else _silent
+    read: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "fp8": config.fp8}
+    # Each process connects the prompts of its own clips, on its own device.
+    _, params = networks.load(config.base, ("text_connector",), **read)
+    _, found = networks.load(config.base, ("transformer",), mesh=mesh, **read)
+    adapter, base = trained(config, found.pop("transformer"), mesh)
 
     def connect(features: Any, mask: Any) -> Any:
         return prompts.prompts(nets, params, features, mask, numerics=config.numerics)
 
     make = optimizers.make_optimizer
     tx = make(config.optimizer, config.steps, ema=config.ema)
-    state = runs.start(plan.run, plan.resumed, training.init(adapter, base, tx))
-    task = task_of(plan)
-    evaluate = _held_out(plan, task, base, connect)
+    state = training.init(adapter, base, tx, mesh)
+    del adapter  # is in the state, which may be replaced
+    places = shares.places_of(state, mesh)
+    state = runs.start(plan.run, plan.resumed, state)
+    task = task_of(plan, mesh)
+    evaluate = _held_out(plan, task, base, connect, mesh)
     before = evaluate(state)
     seen = int(state.step)
     say(
@@ -312,8 +352,8 @@ def fit(plan: Fit, say: Say = print) -> Result:
     )
     _told("before", before, say)
     key = jax.random.key(config.seed)
-    step = training.make_train_step(task, tx, key)
-    batches = latents.batches(plan.clips, connect, config.batch_size, seed=config.seed)
+    step = training.make_train_step(task, tx, key, places)
+    batches = _batches(plan, connect, mesh)
     asked = hooks(plan, task, key, base, evaluate)
     state, signal = loop.train(plan.run, step, state, base, batches, asked)
     after = None if signal else evaluate(state)

@@ -22,6 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from idlora_jax import distributed
 from idlora_jax.experiment import TrainConfig
 
 Row = dict[str, float]
@@ -82,13 +83,16 @@ class Records:
 
 @contextlib.contextmanager
 def opened(config: TrainConfig, log: Path, first: int) -> Iterator[Records]:
-    """The logs of a run, while it goes on.
+    """The logs of a run, while it goes on; of several processes the first writes them.
 
     Args:
         config: which ones, and where.
         log: the JSONL file.
         first: updates done before.
     """
+    if not distributed.is_first():
+        yield Records(())
+        return
     lines = Lines(log)
     if not config.tensorboard:
         yield Records((lines,))

@@ -14,9 +14,9 @@ LIBRARY = ROOT / "idlora_jax"
 LEVELS = (
     "__init__ types config config_codecs config_text config_upsampler config_video_vae "
     "config_vocoder files images mel sound voices sheets media settings experiment "
-    "sample_config commandline presets tagged",
+    "sample_config commandline presets tagged axes",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
-    "norms records solvers losses parallel keys liveness",
+    "norms records solvers losses parallel shares distributed keys liveness",
     "streams references",
     "denoise strategies model.*",
     "training loop runs states diagnosis weights.* checkpoints",

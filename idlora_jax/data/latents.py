@@ -361,7 +361,13 @@ def whole(index: Index, connect: Connect) -> Batch:
 
 
 def batches(
-    index: Index, connect: Connect, batch: int, *, seed: int = 0, cached: int = 256
+    index: Index,
+    connect: Connect,
+    batch: int,
+    *,
+    seed: int = 0,
+    cached: int = 256,
+    rows: Sequence[int] | Int[np.ndarray, " n"] | None = None,
 ) -> Callable[[int], Batch]:
     """A function from the step to its batch.
 
@@ -371,14 +377,16 @@ def batches(
         batch: B.
         seed: of the shuffling.
         cached: how many read clips stay in memory.
+        rows: which rows of a batch are read (`parallel.own_rows`); None: all of them.
     """
+    wanted = range(batch) if rows is None else rows
 
     @functools.lru_cache(maxsize=cached)
     def sample(at: int) -> Sample:
         return read(index, index.clips[at], connect)
 
     def of(step: int) -> Batch:
-        rows = chosen(len(index.clips), batch, step, seed)
-        return collate([sample(int(row)) for row in rows], index)
+        clips = chosen(len(index.clips), batch, step, seed)
+        return collate([sample(int(clips[row])) for row in wanted], index)
 
     return of
