@@ -6,13 +6,15 @@ Writes lora_weights_step_<n>.safetensors, log.jsonl, tensorboard/, clips.jsonl a
 state/ into the output folder; --resume goes on from the newest state, also after a
 kill. SIGTERM and SIGINT (Ctrl-C) let the running step finish, save, and end with
 status 143 and 130, so that a scheduler can tell a stopped run from a finished one
-(0). Wrong usage ends with status 2, a failure with 1.
+(0). Wrong usage ends with status 2, a failure with 1. Several devices and hosts:
+docs/scaling.md.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+from typing import Any
 
 from idlora_jax import commandline
 from idlora_jax.experiment import TrainConfig
@@ -22,15 +24,22 @@ def main() -> int:
     """Check the inputs, train, say where the adapter is."""
     config = commandline.parse(sys.argv[1:], TrainConfig)
     # Imports jax: later than the command line, so that its mistakes answer at once.
-    from idlora_jax import fitting
+    from idlora_jax import distributed, fitting
 
+    distributed.start(config.distributed)
     result = fitting.fit(fitting.plan(config))
+    if distributed.is_first():
+        report(result)
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def report(result: Any) -> None:
+    """Where the adapter is, and how to go on if training was stopped."""
     print(result.adapter)
-    if result.signal is None:
-        return 0
-    name, batches = signal.Signals(result.signal).name, int(result.state.step)
-    print(f"stopped by {name} after {batches} batches, all saved; go on with --resume")
-    return 128 + result.signal
+    if result.signal is not None:
+        name, batches = signal.Signals(result.signal).name, int(result.state.step)
+        say = f"stopped by {name} after {batches} batches, all saved"
+        print(f"{say}; go on with --resume")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
+from idlora_jax.settings import UsageError
+
 Config = TypeVar("Config")
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
@@ -179,11 +181,14 @@ def converting(
 def status_of(work: Callable[[], int | None]) -> int:
     """Do the work of a script and give its exit status.
 
-    Wrong input and failures end in one message on stderr and status 1, Ctrl-C in 130;
-    none in a traceback.
+    Wrong input and failures end in one message on stderr and status 1, settings that
+    cannot be used here in 2, Ctrl-C in 130; none in a traceback.
     """
     try:
         return work() or 0
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE

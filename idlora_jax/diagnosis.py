@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from idlora_jax import training
+from idlora_jax import shares, training
 from idlora_jax.strategies import Batch
 from idlora_jax.training import Task, TrainState
 from idlora_jax.types import Tree
@@ -50,7 +50,7 @@ def _bad(x: Array) -> Array:
 def _found(kind: str, tree: Any) -> Iterator[Finding]:
     """The tensors of a tree that are not finite."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        rows = jax.device_get(_bad(jnp.asarray(leaf)))
+        rows = shares.seen(_bad(jnp.asarray(leaf)))
         if rows.any():
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             row = int(rows.argmax()) if jnp.ndim(leaf) else None

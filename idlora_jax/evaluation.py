@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from idlora_jax import adapters, training
@@ -77,7 +78,7 @@ def _squares(found: AV, without: AV, mask: AV) -> AV:
     return each(one, found, without, mask)
 
 
-def make_evaluate(task: Task) -> Evaluation:
+def make_evaluate(task: Task, place: NamedSharding | None = None) -> Evaluation:
     """Build `evaluate(adapter, base, batch, sigmas, noise, without=None) -> metrics`.
 
     The losses are means over the given noise levels [n], with the same noise (AV of
@@ -88,6 +89,10 @@ def make_evaluate(task: Task) -> Evaluation:
     With `without` (from `Evaluation.without`) there are `adapter_effect_video` and
     `adapter_effect_audio`, too: the norm of what the adapter changes in the velocities
     of all tokens that count in the loss, over the norm of those without it.
+
+    Args:
+        task: what is trained.
+        place: where the metrics go, see `shares.everywhere`.
     """
 
     def fixed(level: Array, batch: Batch, noise: AV) -> TrainInputs:
@@ -134,4 +139,4 @@ def make_evaluate(task: Task) -> Evaluation:
         }
         return jax.tree.map(jnp.mean, each_level) | levels | effect
 
-    return Evaluation(jax.jit(velocities), jax.jit(measure))
+    return Evaluation(jax.jit(velocities), jax.jit(measure, out_shardings=place))

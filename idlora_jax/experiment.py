@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from idlora_jax import axes
 from idlora_jax.config import AUDIO_TARGETS
 from idlora_jax.monitoring import Samples, Wandb
-from idlora_jax.settings import Numerics, require
+from idlora_jax.settings import Distributed, Numerics, require
 
 StrategyName = Literal[
     "audio_ref_only_ic", "text_to_video", "video_to_video", "audio_video_ic"
@@ -292,6 +293,8 @@ class TrainConfig:
         heldout: the fixed evaluation.
         samples: clips that are sampled while training goes on.
         wandb: whether numbers and clips go to Weights & Biases, too.
+        mesh: axes over devices, for instance "data=2,fsdp=4"; empty: one device.
+        distributed: how processes on several hosts find each other.
         resume: continue from the newest state in `output`.
         resume_with: names of settings, such as "seed" or "optimizer", that may differ
             from those of that state; "base" and "clips" stand for other weights and
@@ -324,6 +327,8 @@ class TrainConfig:
     heldout: HeldOut = field(default_factory=HeldOut)
     samples: Samples = field(default_factory=Samples)
     wandb: Wandb = field(default_factory=Wandb)
+    mesh: str = ""
+    distributed: Distributed = field(default_factory=Distributed)
     resume: bool = False
     resume_with: tuple[str, ...] = ()
     verify: bool = False
@@ -338,7 +343,16 @@ class TrainConfig:
             require(value >= 0, name, value, "0 or more")
         self._check_together()
 
+    def _check_mesh(self) -> None:
+        sizes = axes.parse(self.mesh)
+        parts = axes.parts(sizes)
+        want = f"a multiple of {parts}, the data and fsdp of mesh {self.mesh!r}"
+        require(self.batch_size % parts == 0, "batch_size", self.batch_size, want)
+        want = "no guidance axis: training has no branches (use data, fsdp, tensor)"
+        require(sizes.get("guidance", 1) == 1, "mesh", self.mesh, want)
+
     def _check_together(self) -> None:
+        self._check_mesh()
         optimizer, warmup = self.optimizer, self.optimizer.warmup
         want = f"fewer than the {self.steps} steps"
         require(warmup < self.steps, "optimizer.warmup", warmup, want)

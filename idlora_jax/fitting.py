@@ -21,20 +21,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from idlora_jax import (
     adapters,
     as_trained,
     diagnosis,
+    distributed,
     experiment,
     geometry,
     heldout,
     loop,
     optimizers,
+    parallel,
     prompts,
     references,
     runs,
+    shares,
     strategies,
     training,
     validation,
@@ -57,7 +61,6 @@ from idlora_jax.weights import io, networks, rules
 from idlora_jax.weights.check import verify_watched
 from idlora_jax.weights.networks import Networks
 
-NAMES = ("transformer", "text_connector")
 Say = Callable[[str], None]
 Sample = Callable[[int, TrainState], Iterable[Sampled]]
 
@@ -201,6 +204,7 @@ def plan(config: TrainConfig) -> Fit:
     if config.verify:
         verify_watched(io.open_base(config.base))
     nets, _ = networks.load(config.base, ())
+    shares.mesh_of(config.mesh, nets.transformer)
     if config.mode == "lora":
         shapes = io.shapes(io.open_base(config.base), "transformer")
         modules = adapters.select(shapes, config.lora.targets)
@@ -215,12 +219,12 @@ def plan(config: TrainConfig) -> Fit:
     return Fit(run, nets, clips, held, runs.newest(run), validation.plan(run))
 
 
-def task_of(fit: Fit) -> Task:
+def task_of(fit: Fit, mesh: Mesh | None = None) -> Task:
     """The transformer's functions with the run's settings."""
     config, cfg = fit.run.config, fit.nets.transformer
     scanned = ("params" if config.mode == "full" else "lora",)
     return Task(
-        apply=transformer.bind(cfg, remat=config.remat, scanned=scanned),
+        apply=transformer.bind(cfg, remat=config.remat, scanned=scanned, mesh=mesh),
         prepare=functools.partial(transformer.prepare, cfg, numerics=config.numerics),
         spec=config.strategy,
         fps=fit.clips.fps,
@@ -233,13 +237,20 @@ def task_of(fit: Fit) -> Task:
     )
 
 
-def trained(config: TrainConfig, base: Tree) -> tuple[Tree, Tree]:
+def trained(
+    config: TrainConfig, base: Tree, mesh: Mesh | None = None
+) -> tuple[Tree, Tree]:
     """What is trained, in float32, and what is frozen: nothing in mode "full"."""
-    if config.mode == "full":
-        return jax.tree.map(lambda w: w.astype(jnp.float32), base), {}
-    lora = config.lora
-    key = jax.random.key(lora.seed)
-    return adapters.init(key, base, lora.rank_of, lora.targets), base
+    lora, full = config.lora, config.mode == "full"
+
+    def adapter(base: Tree) -> Tree:
+        key = jax.random.key(lora.seed)
+        return adapters.init(key, base, lora.rank_of, lora.targets)
+
+    def whole(base: Tree) -> Tree:
+        return jax.tree.map(lambda w: w.astype(jnp.float32), base)
+
+    return shares.made(whole if full else adapter, mesh, base), {} if full else base
 
 
 def served(plan: Fit, read: Tree, base: Tree) -> Callable[[Tree], Tree]:
@@ -260,6 +271,10 @@ def served(plan: Fit, read: Tree, base: Tree) -> Callable[[Tree], Tree]:
         return jax.tree.map(lambda w, kind: w.astype(kind), stored, kinds)
 
     return exported
+
+
+def _silent(line: str) -> None:
+    """What other processes than the first say."""
 
 
 def hooks(
@@ -298,12 +313,15 @@ def hooks(
     return loop.Hooks(validate=validate, sample=sample, explain=explain)
 
 
-def batches_of(plan: Fit, connect: latents.Connect) -> reading.Batches:
-    """The batches of a run, by their number."""
+def batches_of(
+    plan: Fit, connect: latents.Connect, mesh: Mesh | None = None
+) -> reading.Batches:
+    """The batches of a run, by their number: of each, the rows of this process."""
     config = plan.run.config
     order = Order(plan.clips.counts, config.batch_size, config.seed)
     count = config.steps * plan.run.accumulation
-    return reading.batches(plan.clips, connect, order, count=count)
+    rows = parallel.own_rows(mesh, config.batch_size)
+    return reading.batches(plan.clips, connect, order, count=count, rows=rows)
 
 
 def fit(plan: Fit, say: Say = print) -> Result:
@@ -318,13 +336,16 @@ def fit(plan: Fit, say: Say = print) -> Result:
         OSError: if something cannot be written.
     """
     config, nets = plan.run.config, plan.nets
-    dtype = jnp.dtype(config.dtype)
+    mesh = shares.mesh_of(config.mesh, nets.transformer)
+    say = say if distributed.is_first() else _silent
     # Before the base is read: the text encoder and it are never in memory together.
     shown = None if plan.samples is None else validation.load(plan.samples, say)
-    _, found = networks.load(config.base, NAMES, dtype=dtype, fp8=config.fp8)
-    params = dict(found)
-    read = params.pop("transformer")
-    adapter, base = trained(config, read)
+    options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "fp8": config.fp8}
+    # Each process connects the prompts of its own clips, on its own device.
+    _, params = networks.load(config.base, ("text_connector",), **options)
+    _, found = networks.load(config.base, ("transformer",), mesh=mesh, **options)
+    read = found.pop("transformer")
+    adapter, base = trained(config, read, mesh)
     parameters = served(plan, read, base)
     del read
 
@@ -333,9 +354,14 @@ def fit(plan: Fit, say: Say = print) -> Result:
 
     make = optimizers.make_optimizer
     tx = make(config.optimizer, config.steps, ema=config.ema)
-    state = runs.start(plan.run, plan.resumed, training.init(adapter, base, tx))
-    task = task_of(plan)
-    evaluate = heldout.losses(config, plan.held, task, adapter, base, connect)
+    state = training.init(adapter, base, tx, mesh)
+    del adapter  # is in the state, which may be replaced
+    places = shares.places_of(state, mesh)
+    state = runs.start(plan.run, plan.resumed, state)
+    task = task_of(plan, mesh)
+    evaluate = heldout.losses(
+        plan.run.config, plan.held, task, state.adapter, base, connect, mesh
+    )
     before = evaluate(state)
     seen = int(state.step)
     say(
@@ -345,18 +371,21 @@ def fit(plan: Fit, say: Say = print) -> Result:
     if before is not None:
         say(heldout.told("before", before))
     key = jax.random.key(config.seed)
-    step = training.make_train_step(task, tx, key)
+    step = training.make_train_step(task, tx, key, places)
     sample: Sample = loop.NOTHING.sample
     if plan.samples is not None and shown is not None:
         sample = validation.sampler(plan.samples, shown, parameters)
         for name, line in plan.samples.warnings:
             say(f"warning: {name}: {line}")
     asked = hooks(plan, task, key, base, evaluate, before=before, sample=sample)
-    data, position = batches_of(plan, connect), runs.position(plan.run, plan.resumed)
+    data = batches_of(plan, connect, mesh)
+    position = runs.position(plan.run, plan.resumed)
+    size = config.batch_size
     ahead = {"ahead": config.read_ahead, "seen": seen, "position": position}
     with reading.opened(data, **ahead) as batches:
         asked = replace(asked, names=data.names, position=batches.position)
-        state, signal = loop.train(plan.run, step, state, base, batches, asked)
+        whole = lambda seen: parallel.from_own_rows(batches(seen), mesh, size)
+        state, signal = loop.train(plan.run, step, state, base, whole, asked)
     after = None if signal else evaluate(state)
     if after is not None:
         say(heldout.told("after", after))

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from idlora_jax import evaluation, strategies
+from idlora_jax import evaluation, parallel, shares, strategies
 from idlora_jax.data import latents
 from idlora_jax.data.collection import Collection
+from idlora_jax.data.latents import Index
 from idlora_jax.experiment import TrainConfig
 from idlora_jax.losses import by_level
 from idlora_jax.strategies import Batch
@@ -31,8 +33,26 @@ Numbers = dict[str, float]
 Losses = Callable[[TrainState], Numbers | None]
 
 
+def _share(
+    config: TrainConfig, held: Index, connect: latents.Connect, mesh: Mesh | None
+) -> tuple[Batch, AV]:
+    """The clips of one size, of which each process reads its own, and their noise."""
+    count = len(held.clips)
+    rows = parallel.own_rows(mesh, count)
+    clips = tuple(held.clips[row] for row in rows)
+    read = latents.whole(replace(held, clips=clips), connect)
+    batch: Batch = parallel.from_own_rows(read, mesh, count)
+    key = jax.random.key(config.heldout.seed)
+    noise = strategies.draw(key, batch, config.strategy).noise
+    own = jax.tree.map(lambda x: x[rows], noise)
+    return batch, parallel.from_own_rows(own, mesh, count)
+
+
 def fixed(
-    config: TrainConfig, held: Collection, connect: latents.Connect
+    config: TrainConfig,
+    held: Collection,
+    connect: latents.Connect,
+    mesh: Mesh | None = None,
 ) -> list[tuple[Batch, AV]]:
     """The held-out clips, a batch of each size, and the noise of their tokens.
 
@@ -40,11 +60,9 @@ def fixed(
         config: `heldout` and `strategy` are read.
         held: from `collection.split`.
         connect: the connectors.
+        mesh: devices that the clips are divided over.
     """
-    key = jax.random.key(config.heldout.seed)
-    batches = [latents.whole(bucket, connect) for bucket in held.buckets]
-    draw = lambda batch: strategies.draw(key, batch, config.strategy).noise
-    return [(batch, draw(batch)) for batch in batches]
+    return [_share(config, bucket, connect, mesh) for bucket in held.buckets]
 
 
 def _floats(metrics: Metrics, sigmas: Sequence[float]) -> Numbers:
@@ -63,6 +81,7 @@ def losses(
     adapter: Tree,
     base: Tree,
     connect: latents.Connect,
+    mesh: Mesh | None = None,
 ) -> Losses:
     """A function from a training state to its held-out losses.
 
@@ -76,13 +95,15 @@ def losses(
         adapter: any of its kind.
         base: what is frozen.
         connect: the connectors.
+        mesh: devices that the clips are divided over.
     """
     settings = config.heldout
     if settings.clips == 0:
         return lambda _: None
-    sigmas = jnp.asarray(settings.sigmas)
-    given = [(base, b, sigmas, noise) for b, noise in fixed(config, held, connect)]
-    evaluate = evaluation.make_evaluate(task)
+    sigmas = np.asarray(settings.sigmas, np.float32)
+    pairs = fixed(config, held, connect, mesh)
+    given = [(base, batch, sigmas, noise) for batch, noise in pairs]
+    evaluate = evaluation.make_evaluate(task, shares.everywhere(mesh))
     full = task.mode == "full"
     without = [None if full else evaluate.without(adapter, *one) for one in given]
 

@@ -6,6 +6,9 @@ means reading it back and going on at batch n. It is written while training goes
 one kills, and so may anything else at any time: the newest state on disk is whole. What
 is not finite never reaches the adapter: such steps are skipped, and a few in a row end
 the run.
+
+Several processes go through the same loop at the same pace. A signal to any of them
+stops all after the same batch; the first one alone prints and writes logs.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from idlora_jax import optimizers, records, states
+from idlora_jax import distributed, optimizers, records, states
 from idlora_jax.records import Records, Row, Sampled
 from idlora_jax.runs import Run, listed, save
 from idlora_jax.states import Data
@@ -149,6 +152,8 @@ def _line(run: Run, row: Row) -> str:
 
 def _report(run: Run, log: Records, bar: tqdm, row: Row) -> None:
     """One line into the logs; the bar, or now and then a line instead of it."""
+    if not distributed.is_first():
+        return
     numbers = {name: value for name, value in row.items() if name != "step"}
     log.write(int(row["step"]), numbers)
     bar.set_postfix_str(_text(row))
@@ -194,7 +199,7 @@ def _stepped(
     """Each batch, after its step."""
     for seen in range(int(state.step), run.config.steps * run.accumulation):
         batch, names = batches(seen), hooks.names(seen)
-        if names:
+        if names and distributed.is_first():
             with run.order.open("a") as file:
                 line = {"batch": seen + 1, "clips": [*names]}
                 file.write(json.dumps(line) + "\n")
@@ -231,10 +236,11 @@ def train(
     config, each = run.config, run.accumulation
     rate = optimizers.learning_rate(config.optimizer, config.steps)
     first, hidden = int(state.step) // each, not sys.stderr.isatty()
+    hidden = hidden or not distributed.is_first()
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
     rows: list[Row] = []
     bad: list[Done] = []
-    loss = None
+    loss, stopped = None, 0
     kept = {"keep": config.keep, "keep_best": config.keep_best}
     with (
         stopping() as caught,
@@ -274,7 +280,8 @@ def train(
             if len(bad) == PATIENCE:
                 save(run, out, state, loss, hooks.position())
                 _refuse(run, hooks, bad)
-            if caught:
+            stopped = distributed.agreed(caught[0] if caught else 0)
+            if stopped:
                 break
         save(run, out, state, loss, hooks.position())
-    return state, caught[0] if caught else None
+    return state, stopped or None

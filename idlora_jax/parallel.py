@@ -35,16 +35,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
+from idlora_jax.axes import AXES, BATCH, parse
 from idlora_jax.config import TransformerConfig
 from idlora_jax.types import Tree
-
-AXES = ("data", "fsdp", "tensor", "guidance")
-BATCH = ("data", "fsdp")
-"""Axes that the samples of a batch are divided over."""
 
 _COLUMNS, _ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")
 _WIDTH = P("tensor")
@@ -74,30 +72,6 @@ The first pattern that fits decides; what fits none is whole on every device: no
 tables, biases after a sum, the codecs. The text encoder passes one text at a time, so
 all axes serve its width.
 """
-
-
-def parse(text: str) -> dict[str, int]:
-    """Sizes of the named axes: "data=2,tensor=4" -> {"data": 2, "tensor": 4}.
-
-    Raises:
-        ValueError: for an axis that is unknown or named twice, or a size that is no
-            whole number from 1.
-    """
-    sizes: dict[str, int] = {}
-    for part in text.split(",") if text.strip() else ():
-        name, _, size = (word.strip() for word in part.partition("="))
-        if name not in AXES or name in sizes:
-            raise ValueError(
-                f"mesh: got {text!r}, expected axis=size of each of {', '.join(AXES)} "
-                f'at most once, not {part.strip()!r}; for instance "data=2,tensor=4"'
-            )
-        if not (size.isascii() and size.isdigit()) or int(size) < 1:
-            raise ValueError(
-                f"mesh: got {name}={size}, expected a whole number from 1; for "
-                f"instance {name}=2"
-            )
-        sizes[name] = int(size)
-    return sizes
 
 
 def _sizes(sizes: str | Mapping[str, int]) -> dict[str, int]:
@@ -230,6 +204,52 @@ def rows(tree: Any, mesh: Mesh | None) -> Any:
         return tree
     put = lambda x: jax.device_put(x, _fitting(mesh, (BATCH,), x.shape))
     return jax.tree.map(put, tree)
+
+
+def own_rows(mesh: Mesh | None, batch: int) -> Int[np.ndarray, " n"]:
+    """Which rows of a batch this process reads, ascending.
+
+    Those that its devices work on: all of them without a mesh, with one process, and
+    where B cannot be divided evenly. Processes may share rows (`tensor`).
+
+    Args:
+        mesh: from `make`.
+        batch: B, the rows of all processes together.
+    """
+    every = np.arange(batch)
+    if mesh is None:
+        return every
+    where = _fitting(mesh, (BATCH,), every.shape)
+    parts = where.addressable_devices_indices_map(every.shape).values()
+    return np.unique(np.concatenate([every[part] for part in parts]))
+
+
+def from_own_rows(tree: Any, mesh: Mesh | None, batch: int) -> Any:
+    """Arrays [B ...] of all processes, of the rows that each has read.
+
+    Args:
+        tree: arrays [n ...] on the host, the rows of `own_rows` in their order.
+        mesh: None gives them back as they are.
+        batch: B.
+    """
+    if mesh is None:
+        return tree
+    own = own_rows(mesh, batch)
+
+    def one(rows: Any) -> Array:
+        rows = np.asarray(rows)
+        shape = (batch, *rows.shape[1:])
+        assert len(rows) == len(own), f"{len(rows)} rows, expected {len(own)}"
+
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(batch)
+            at = np.searchsorted(own, first)
+            return rows[at : at + last - first]
+
+        where = _fitting(mesh, (BATCH,), shape)
+        return jax.make_array_from_callback(shape, where, part)
+
+    return jax.tree.map(one, tree)
 
 
 def constrain(x: Array, mesh: Mesh | None, *axes: Any) -> Array:

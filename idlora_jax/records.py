@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from idlora_jax import media, wandb_run
+from idlora_jax import distributed, media, wandb_run
 from idlora_jax.experiment import TrainConfig
 
 Row = dict[str, float]
@@ -130,13 +130,16 @@ class Records:
 
 @contextlib.contextmanager
 def opened(config: TrainConfig, log: Path, first: int) -> Iterator[Records]:
-    """The logs of a run, while it goes on.
+    """The logs of a run, while it goes on; of several processes the first writes them.
 
     Args:
         config: which ones, and where.
         log: the JSONL file.
         first: updates done before.
     """
+    if not distributed.is_first():
+        yield Records(())
+        return
     with contextlib.ExitStack() as stack:
         sinks: list[Sink] = [Lines(log)]
         if config.tensorboard:

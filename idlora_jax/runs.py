@@ -13,6 +13,8 @@ from the settings and that number.
     output/log.jsonl                            one line per `log_every` updates
     output/tensorboard/                         the same numbers; see `records`
     output/clips.jsonl                          the clips of each batch, in order
+
+Of several processes, all save and read states together, and the first writes the rest.
 """
 
 from __future__ import annotations
@@ -27,9 +29,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from idlora_jax import adapters, checkpoints, experiment, files, states
+from idlora_jax import (
+    adapters,
+    checkpoints,
+    distributed,
+    experiment,
+    files,
+    shares,
+    states,
+)
 from idlora_jax.checkpoints import AdapterMeta
 from idlora_jax.experiment import TrainConfig
 from idlora_jax.states import Data, States
@@ -40,9 +48,14 @@ Export = Callable[[Path, Tree, AdapterMeta], Any]
 Written = tuple[Path, Tree, AdapterMeta]
 FREE = frozenset(
     "base data output resume resume_with verify steps save_every keep keep_best "
-    "log_every tensorboard validate_every read_ahead samples wandb".split()
+    "log_every tensorboard validate_every read_ahead samples wandb mesh "
+    "distributed".split()
 )
-"""Settings that may differ when a run is resumed; `steps` moves the schedule's end."""
+"""Settings that may differ when a run is resumed; `steps` moves the schedule's end.
+
+On another mesh, or with another number of processes, a step is the same up to the order
+of its sums.
+"""
 
 
 @dataclass(frozen=True)
@@ -150,9 +163,10 @@ def save(
         return
     # Copied to the host now: the next step takes the arrays over.
     beside = tuple(
-        functools.partial(_export, run, path, jax.device_get(tree), about)
+        functools.partial(_export, run, path, shares.gathered(tree), about)
         for path, tree, about in exports(run, state)
     )
+    beside = beside if distributed.is_first() else ()
     meta = {**run.identity(), "batches": batches}
     out.save(batches, state, meta, loss=loss, data=data, beside=beside)
 
@@ -223,7 +237,7 @@ def newest(run: Run) -> int | None:
             f"{listed([found[key] for key in bad])}\nuse the same settings, or another "
             f"--output; to go on nevertheless, add --resume-with {' '.join(bad)}"
         )
-    if found:
+    if found and distributed.is_first():
         print(f"resuming with other settings:{listed([*found.values()])}", flush=True)
     return batches
 
@@ -238,7 +252,35 @@ def start(run: Run, batches: int | None, state: TrainState) -> TrainState:
 
     What a kill left behind is put right: half-written files go, log lines after that
     state too, and an adapter that was not yet exported is.
+
+    Raises:
+        ValueError: if the state is damaged, or processes differ in their settings, or
+            do not see one folder.
     """
+    # Until all have looked for a state, none may write one.
+    same = {**run.identity(), "batches": batches}
+    distributed.require_same("settings, base, data or training states", same)
+    if distributed.is_first():
+        _clean(run, batches)
+    if distributed.agreed(not run.config.output.is_dir()):
+        raise ValueError(
+            f"output: {run.config.output} was made by the first process and is not "
+            "there on all, expected one folder that all hosts reach; put it on a "
+            "shared file system"
+        )
+    if batches is None:
+        return state
+    state = states.restore(run.states, batches, state)
+    for path, tree, about in exports(run, state):
+        if distributed.agreed(not path.exists()):
+            whole = shares.gathered(tree)
+            if distributed.is_first():
+                _export(run, path, whole, about)
+    return state
+
+
+def _clean(run: Run, batches: int | None) -> None:
+    """Make the folder; remove what is half-written, and log lines after a state."""
     run.config.output.mkdir(parents=True, exist_ok=True)
     for path in run.config.output.glob(f".{run.name}_step_*.tmp*"):
         path.unlink()
@@ -246,13 +288,6 @@ def start(run: Run, batches: int | None, state: TrainState) -> TrainState:
     last = -1 if batches is None else batches // run.accumulation
     _cut(run.log, "step", last)
     _cut(run.order, "batch", batches or 0)
-    if batches is None:
-        return state
-    state = states.restore(run.states, batches, state)
-    for path, tree, about in exports(run, state):
-        if not path.exists():
-            _export(run, path, tree, about)
-    return state
 
 
 def _row(line: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What several configurations share: how settings are refused, and guidance."""
+"""What several configurations share: how settings are refused, guidance, processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Numerics = Literal["exact", "reference"]
+
+
+class UsageError(ValueError):
+    """A setting that cannot be used here; scripts end with status 2."""
 
 
 def require(ok: bool, name: str, got: Any, expected: str) -> None:
@@ -75,3 +79,38 @@ class Guidance:
             require(0 <= share <= 1, f"guidance.{name}", share, "0 to 1")
         star = self.video_star or self.audio_star
         require(not (self.apg and star), "guidance.apg", True, "APG or CFG-star")
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Who trains together, where no launcher says so; see `distributed`.
+
+    Attributes:
+        coordinator: HOST:PORT of the first process, the port being free there; None:
+            one process, or as Slurm or Open MPI say.
+        processes: how many there are.
+        process: which one this is, from 0.
+        timeout: seconds to wait for all of them.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    timeout: int = 300
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        names = ("coordinator", "processes", "process")
+        given = [name for name in names if getattr(self, name) is not None]
+        want = f"{', '.join(names)} together, or none of them"
+        require(len(given) in (0, 3), "distributed", given, want)
+        require(self.timeout >= 1, "distributed.timeout", self.timeout, "1 or more")
+        if self.coordinator is None or self.processes is None or self.process is None:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        good = bool(host) and port.isascii() and port.isdigit()
+        want = "HOST:PORT, for instance node1:12345"
+        require(good, "distributed.coordinator", self.coordinator, want)
+        want = f"0 to {self.processes - 1}: there are {self.processes} processes"
+        good = 0 <= self.process < self.processes
+        require(good, "distributed.process", self.process, want)

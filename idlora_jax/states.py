@@ -9,6 +9,10 @@ A state is written under a temporary name and renamed, so that a kill leaves it 
 not at all; what a kill left half-written is removed when the folder is opened again.
 The newest `keep` states stay and the `keep_best` with the lowest held-out loss.
 
+Several processes save and restore a state together, in one folder that all can reach:
+each writes and reads the parts of its own devices. A state may be restored to other
+devices, or to more or fewer of them, than it was saved from.
+
 Orbax copies the arrays to the host before `save` returns, and JAX does not reuse memory
 that the host still looks at, so that the next step may take the state over.
 """
@@ -47,9 +51,13 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _manager(folder: PathLike, **options: Any) -> Any:
+def _manager(folder: PathLike, *, alone: bool = False, **options: Any) -> Any:
+    """Orbax's; `alone`: without waiting for other processes."""
     import orbax.checkpoint as ocp  # seconds to import, and only training needs it
 
+    me = jax.process_index()
+    mine = ocp.options.MultiprocessingOptions(me, {me}, f"process_{me}")
+    options |= {"multiprocessing_options": mine} if alone else {}
     made = ocp.CheckpointManagerOptions(save_root_metadata=False, **options)
     return ocp.CheckpointManager(Path(folder).resolve(), options=made)
 
@@ -112,6 +120,8 @@ class States:
     ) -> None:
         """Begin to write a state; the one before is finished first.
 
+        All processes call it with their parts of the same state.
+
         Args:
             step: its number; a step that is there already is left alone.
             state: any tree of arrays. It may be donated as soon as this returns.
@@ -172,7 +182,7 @@ def opened(folder: PathLike, *, keep: int, keep_best: int = 0) -> Iterator[State
     """Open a folder to save states in; on leaving, everything is on disk.
 
     Args:
-        folder: of the states; made if it is missing. Only one process may have it open.
+        folder: of the states; made if it is missing. Only one run may have it open.
         keep: how many of the newest states stay.
         keep_best: how many of those with the lowest held-out loss stay, too.
 
@@ -199,9 +209,10 @@ def opened(folder: PathLike, *, keep: int, keep_best: int = 0) -> Iterator[State
 
 
 @contextlib.contextmanager
-def _reading(folder: PathLike) -> Iterator[Any]:
+def _reading(folder: PathLike, *, alone: bool) -> Iterator[Any]:
     with _quiet():
-        made = _manager(folder, create=False, enable_async_checkpointing=False)
+        options = {"create": False, "enable_async_checkpointing": False}
+        made = _manager(folder, alone=alone, **options)
         with contextlib.closing(made) as manager:
             yield manager
 
@@ -210,7 +221,7 @@ def latest(folder: PathLike) -> int | None:
     """The newest step saved in a folder, or None."""
     if not Path(folder).is_dir():
         return None
-    with _reading(folder) as manager:
+    with _reading(folder, alone=True) as manager:
         return manager.latest_step()
 
 
@@ -220,7 +231,7 @@ def meta_of(folder: PathLike, step: int) -> dict[str, Any]:
 
     wanted = ocp.args.Composite(meta=ocp.args.JsonRestore())
     try:
-        with _reading(folder) as manager:
+        with _reading(folder, alone=True) as manager:
             meta = manager.restore(step, args=wanted)["meta"]
     except (ValueError, KeyError, OSError) as error:
         raise _damaged(folder, step, error) from None
@@ -233,7 +244,8 @@ def restore(folder: PathLike, step: int, like: Any) -> Any:
     Args:
         folder: as given to `opened`.
         step: which one (`latest`).
-        like: a tree of arrays (or shapes) of the same structure.
+        like: a tree of arrays (or shapes with shardings) of the same structure; what
+            is read lies as they do. All processes call it with their parts.
 
     Raises:
         ValueError: if it is damaged, or its shapes are not those of `like`.
@@ -243,7 +255,7 @@ def restore(folder: PathLike, step: int, like: Any) -> Any:
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     wanted = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
     try:
-        with _reading(folder) as manager:
+        with _reading(folder, alone=False) as manager:
             return manager.restore(step, args=wanted)["state"]
     except (ValueError, KeyError, OSError) as error:
         raise _damaged(folder, step, error) from None

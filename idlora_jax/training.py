@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from idlora_jax import (
@@ -32,6 +33,7 @@ from idlora_jax import (
     losses,
     norms,
     optimizers,
+    shares,
     strategies,
 )
 from idlora_jax.strategies import Batch, Draws, TrainInputs
@@ -103,13 +105,19 @@ class Task:
     mode: Literal["lora", "full"] = "lora"
 
 
-def init(adapter: Adapter, base: Tree, tx: optax.GradientTransformation) -> TrainState:
+def init(
+    adapter: Adapter,
+    base: Tree,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+) -> TrainState:
     """The state before the first step.
 
     Args:
         adapter: what is trained.
         base: what it must fit; empty where the base itself is trained.
         tx: from `optimizers.make_optimizer`.
+        mesh: devices that it is divided over, see `shares`.
 
     Raises:
         ValueError: if the adapter does not fit the base; the forward pass would ignore
@@ -117,7 +125,11 @@ def init(adapter: Adapter, base: Tree, tx: optax.GradientTransformation) -> Trai
     """
     if base:
         adapters.check(adapter, base)
-    return TrainState(adapter, tx.init(adapter), jnp.zeros((), jnp.int32))  # pyright: ignore
+
+    def start(adapter: Adapter) -> TrainState:
+        return TrainState(adapter, tx.init(adapter), jnp.zeros((), jnp.int32))  # pyright: ignore
+
+    return shares.made(start, mesh, adapter)
 
 
 def _cast(inputs: TrainInputs, dtype: Any) -> TrainInputs:
@@ -246,7 +258,10 @@ def _sizes(task: Task, adapter: Adapter) -> Metrics:
 
 
 def make_train_step(
-    task: Task, tx: optax.GradientTransformation, key: PRNGKeyArray
+    task: Task,
+    tx: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    places: TrainState | None = None,
 ) -> Step:
     """Build the jitted `step(state, base, batch, draws=None, tables=None)`.
 
@@ -261,6 +276,8 @@ def make_train_step(
         tx: from `optimizers.make_optimizer`.
         key: the run's key; the step draws from `fold_in(key, state.step)` where no
             `draws` are given.
+        places: where the arrays of a state lie (`shares.places_of`), which the step
+            keeps; None: on one device. Every device gets all metrics.
     """
 
     def step(
@@ -286,4 +303,5 @@ def make_train_step(
         extra |= norms.of_tree(grads, "grad_norm") | _sizes(task, adapter)
         return TrainState(adapter, opt_state, state.step + 1), metrics | extra
 
-    return jax.jit(step, donate_argnums=0)
+    out = None if places is None else (places, places.step)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)

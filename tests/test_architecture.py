@@ -14,9 +14,9 @@ LIBRARY = ROOT / "idlora_jax"
 LEVELS = (
     "__init__ types config config_codecs config_text config_upsampler config_video_vae "
     "config_vocoder files images mel sound voices sheets media settings experiment "
-    "sample_config monitoring commandline presets tagged",
+    "sample_config monitoring commandline presets tagged axes",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
-    "norms wandb_run records solvers losses parallel keys liveness",
+    "norms wandb_run records solvers losses parallel shares distributed keys liveness",
     "streams references",
     "denoise strategies model.*",
     "training evaluation loop runs states diagnosis weights.* checkpoints",

@@ -21,6 +21,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+from jaxtyping import Int
+
 from idlora_jax.data import latents
 from idlora_jax.data.collection import Collection
 from idlora_jax.data.latents import Connect, Sample
@@ -29,7 +32,6 @@ from idlora_jax.strategies import Batch
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
-_EVERY = slice(None)
 
 
 def kept(of: Callable[[Key], Value], size: int) -> Callable[[Key], Value]:
@@ -64,14 +66,14 @@ class Batches:
         clips: in buckets.
         order: which of them a batch holds.
         count: how many batches there are.
-        rows: of every batch, those that this host reads (`order.share`).
+        rows: of every batch, those that this host reads (`parallel.own_rows`).
         sample: reads a clip, given the number of its bucket and its own there.
     """
 
     clips: Collection
     order: Order
     count: int
-    rows: slice
+    rows: Int[np.ndarray, " n"]
     sample: Callable[[tuple[int, int]], Sample] = field(repr=False)
 
     def __len__(self) -> int:
@@ -100,7 +102,7 @@ def batches(
     order: Order,
     *,
     count: int,
-    rows: slice = _EVERY,
+    rows: Int[np.ndarray, " n"] | None = None,
     cached: int = 256,
 ) -> Batches:
     """The batches of a run.
@@ -110,7 +112,7 @@ def batches(
         connect: the connectors; they run when a clip is read, in threads.
         order: which clips a batch holds.
         count: how many batches there are.
-        rows: of every batch, those that this host reads.
+        rows: of every batch, those that this host reads; None: all.
         cached: how many clips that were read stay in memory.
     """
 
@@ -119,7 +121,8 @@ def batches(
         index = clips.buckets[bucket]
         return latents.read(index, index.clips[row], connect)
 
-    return Batches(clips, order, count, rows, kept(sample, cached))
+    own = np.arange(order.batch) if rows is None else rows
+    return Batches(clips, order, count, own, kept(sample, cached))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""Several processes that train together, one for each host or one for each device.
+
+    start(config.distributed)       before anything asks jax for devices
+    is_first()                      whether this process prints and writes
+    agreed(signal)                  the same number on all, at the same moment
+    require_same(settings)          a barrier, and an error where processes differ
+
+Processes find each other through a coordinator, which the first of them runs. Under
+Slurm and Open MPI jax reads from the environment where it is, how many processes there
+are and which one this is; elsewhere `settings.Distributed` says so. With one process
+every function here returns at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from idlora_jax.settings import Distributed, UsageError
+
+LAUNCHERS: Mapping[str, str] = {
+    "Slurm": "SLURM_STEP_NUM_TASKS",
+    "Open MPI": "OMPI_COMM_WORLD_SIZE",
+}
+"""How many processes were started together, as the launcher says it to each."""
+_GRACE_S = 60
+"""How much longer jax itself waits: it ends the process with a dump of its stack."""
+
+
+def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What started several processes, or None if there is but this one.
+
+    Args:
+        environment: its variables.
+    """
+    for name, variable in LAUNCHERS.items():
+        if environment.get(variable, "").isdigit() and int(environment[variable]) > 1:
+            return name
+    return None
+
+
+def _given_up(said: str, seconds: int) -> NoReturn:
+    """End the process in the middle of a call that does not come back."""
+    print(
+        f"error: distributed: {said}: not all processes met within {seconds} s; start "
+        "all of them with the same coordinator, check that they can reach its host and "
+        "port, or give --distributed.timeout more seconds",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _watched(said: str, seconds: int) -> Iterator[None]:
+    timer = threading.Timer(seconds, _given_up, (said, seconds))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _options(settings: Distributed, found: str | None) -> tuple[dict[str, Any], str]:
+    """What jax is told, and how errors name it."""
+    if settings.coordinator is None:
+        return {}, f"started by {found}"
+    said = f"process {settings.process} of {settings.processes}"
+    options = {
+        "coordinator_address": settings.coordinator,
+        "num_processes": settings.processes,
+        "process_id": settings.process,
+        "cluster_detection_method": "deactivate",
+    }
+    return options, f"{said}, coordinator {settings.coordinator}"
+
+
+def start(settings: Distributed, environment: Mapping[str, str] = os.environ) -> None:
+    """Join the other processes, if there are any; before jax is asked for devices.
+
+    Args:
+        settings: who the others are; without a coordinator the launcher says so.
+        environment: the launcher's variables.
+
+    Raises:
+        ValueError: if the launcher's variables are incomplete, or the coordinator
+            cannot be started. Where not all processes come in time, this one ends with
+            a line on stderr and status 1.
+    """
+    found = launcher(environment)
+    if settings.coordinator is None and found is None:
+        return
+    options, said = _options(settings, found)
+    # A stop is agreed on by `agreed`; jax's own handler would swallow SIGTERM.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        with _watched(said, settings.timeout):
+            jax.distributed.initialize(
+                initialization_timeout=settings.timeout + _GRACE_S, **options
+            )
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"distributed: {said}: {reason}; give --distributed.coordinator HOST:PORT "
+            "--distributed.processes N --distributed.process I, the port being free"
+        ) from None
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def agreed(value: int) -> int:
+    """The largest of the processes' numbers; all must ask, and wait for each other."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def require_same(what: str, value: Any) -> None:
+    """Wait for all processes, and refuse to go on where they differ.
+
+    Args:
+        what: is compared, for the error.
+        value: anything JSON.
+
+    Raises:
+        ValueError: on every process, if it is not the same on all.
+    """
+    digest = zlib.crc32(json.dumps(value, sort_keys=True).encode()) >> 1
+    if agreed(digest) != -agreed(-digest):
+        raise ValueError(
+            f"distributed: got processes with different {what}, expected the same on "
+            "all; start all with one command, and give them the same files"
+        )
