@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
@@ -22,6 +23,9 @@ from idlora_jax import adapters, training
 from idlora_jax.strategies import Batch, Draws, TrainInputs
 from idlora_jax.training import Metrics, Task
 from idlora_jax.types import AV, Adapter, Tree, each
+
+Levels = Float[Array, " n"] | Float[np.ndarray, " n"]
+"""Noise levels."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Evaluation:
         adapter: Adapter,
         base: Tree,
         batch: Batch,
-        sigmas: Float[Array, " n"],
+        sigmas: Levels,
         noise: AV,
         without: AV | None = None,
     ) -> Metrics:
@@ -56,7 +60,7 @@ class Evaluation:
         adapter: Adapter,
         base: Tree,
         batch: Batch,
-        sigmas: Float[Array, " n"],
+        sigmas: Levels,
         noise: AV,
     ) -> AV:
         """What is predicted without the adapter, AV of [n B T C].
@@ -105,7 +109,7 @@ def make_evaluate(task: Task, place: NamedSharding | None = None) -> Evaluation:
         adapter: Adapter,
         base: Tree,
         batch: Batch,
-        sigmas: Float[Array, " n"],
+        sigmas: Levels,
         noise: AV,
     ) -> AV:
         def at(level: Array) -> AV:
@@ -118,7 +122,7 @@ def make_evaluate(task: Task, place: NamedSharding | None = None) -> Evaluation:
     def measure(
         found: AV,
         batch: Batch,
-        sigmas: Float[Array, " n"],
+        sigmas: Levels,
         noise: AV,
         without: AV | None = None,
     ) -> Metrics:
