@@ -84,23 +84,3 @@ class Order:
         count = self.counts[bucket]
         epoch, at = divmod(place, count)
         return int(_permutation(count, self.seed, epoch, bucket)[at])
-
-
-def share(batch: int, index: int, count: int) -> slice:
-    """The rows of every batch that one of several hosts reads.
-
-    Args:
-        batch: B, of all hosts together.
-        index: of this host (`jax.process_index()`).
-        count: of hosts (`jax.process_count()`).
-
-    Raises:
-        ValueError: if they cannot have equally many.
-    """
-    if batch % count:
-        raise ValueError(
-            f"batch_size: got {batch}, expected a multiple of the {count} hosts, which "
-            "read equal shares of every batch"
-        )
-    each = batch // count
-    return slice(index * each, (index + 1) * each)

@@ -21,6 +21,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+from jaxtyping import Int
+
 from idlora_jax.data import latents
 from idlora_jax.data.collection import Collection
 from idlora_jax.data.latents import Connect, Sample
@@ -29,6 +32,7 @@ from idlora_jax.strategies import Batch
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
+Rows = slice | Int[np.ndarray, " n"]
 _EVERY = slice(None)
 
 
@@ -64,14 +68,14 @@ class Batches:
         clips: in buckets.
         order: which of them a batch holds.
         count: how many batches there are.
-        rows: of every batch, those that this host reads (`order.share`).
+        rows: of every batch, those that this host reads.
         sample: reads a clip, given the number of its bucket and its own there.
     """
 
     clips: Collection
     order: Order
     count: int
-    rows: slice
+    rows: Rows
     sample: Callable[[tuple[int, int]], Sample] = field(repr=False)
 
     def __len__(self) -> int:
@@ -100,7 +104,7 @@ def batches(
     order: Order,
     *,
     count: int,
-    rows: slice = _EVERY,
+    rows: Rows = _EVERY,
     cached: int = 256,
 ) -> Batches:
     """The batches of a run.
@@ -110,7 +114,7 @@ def batches(
         connect: the connectors; they run when a clip is read, in threads.
         order: which clips a batch holds.
         count: how many batches there are.
-        rows: of every batch, those that this host reads.
+        rows: of every batch, those that this host reads; its batches hold no others.
         cached: how many clips that were read stay in memory.
     """
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idlora_jax.data.order import Order, share
+from idlora_jax.data.order import Order
 
 counts = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 
@@ -78,13 +77,3 @@ def test_the_order_is_the_same_in_every_version():
     rows = [Order((7,), 2, seed=5).at(number).rows for number in range(7)]
     draws = [np.random.default_rng([5, epoch]).permutation(7) for epoch in (0, 1)]
     np.testing.assert_array_equal(np.concatenate(rows), np.concatenate(draws))
-
-
-def test_hosts_read_equal_shares_that_make_the_batch():
-    rows = np.arange(12)
-    parts = [rows[share(12, n, 4)] for n in range(4)]
-    assert [len(part) for part in parts] == [3] * 4
-    np.testing.assert_array_equal(np.concatenate(parts), rows)
-    np.testing.assert_array_equal(rows[share(12, 0, 1)], rows)
-    with pytest.raises(ValueError, match=r"batch_size: got 6, .* multiple of the 4 ho"):
-        share(6, 0, 4)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from idlora_jax.data import collection, latents, reading
-from idlora_jax.data.order import Order, share
+from idlora_jax.data.order import Order
 from idlora_jax.types import AV, Prompt
 
 COUNT = 10
@@ -110,10 +110,14 @@ def test_a_finished_run_reads_nothing(clips):
         pass
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_read_their_rows_and_know_all_names(clips, hosts):
+@pytest.mark.parametrize(
+    "shares",
+    [(slice(0, 2), slice(2, 4)), [np.array([n]) for n in range(4)]],
+    ids=["2 hosts", "4 hosts"],
+)
+def test_hosts_read_their_rows_and_know_all_names(clips, shares):
     whole = data_of(clips, 4)
-    parts = [data_of(clips, 4, rows=share(4, n, hosts)) for n in range(hosts)]
+    parts = [data_of(clips, 4, rows=rows) for rows in shares]
     for number in range(4):
         read = [part[number] for part in parts]
         joined = jax.tree.map(lambda *rows: np.concatenate(rows), *read)
