@@ -237,6 +237,12 @@ def _dataset(root: Path, folders: Sequence[str]) -> tuple[list[Clip], Any]:
 
     def load(clip: Clip) -> Stored:
         found = opened[rows[clip.name]]
+        leaves = jax.tree.leaves(found)
+        if not stored.finite({str(n): leaf for n, leaf in enumerate(leaves)}):
+            raise ValueError(
+                f"data: the record of {clip.name} in {root} holds values that are not "
+                "finite; preprocess this clip again and convert the data set"
+            )
         return found._replace(
             audio=found.audio if audio else None,
             reference=found.reference if reference else None,

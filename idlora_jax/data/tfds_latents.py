@@ -287,7 +287,7 @@ class Opened:
 
     root: Path
     clips: tuple[Clip, ...]
-    records: Sequence[Mapping[str, Any]]
+    records: Any  # a sequence, of which none is read to check its type
     bits: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -296,7 +296,13 @@ class Opened:
     def __getitem__(self, index: int) -> Stored:
         # Iteration ends with an IndexError, which ArrayRecord does not raise.
         row = range(len(self))[index]
-        return decode(self.records[row], self.bits)
+        try:
+            return decode(self.records[row], self.bits)
+        except (RuntimeError, ValueError, TypeError) as error:  # of ArrayRecord, TFDS
+            raise ValueError(
+                f"data: {self.root} is damaged, the record of {self.clips[row].name} "
+                f"cannot be read ({error}); convert it again with convert/dataset.py"
+            ) from None
 
 
 def open_dataset(path: str | Path) -> Opened:

@@ -224,3 +224,39 @@ def test_other_folders_are_no_data_set(folder, tmp_path):
     convert(folder, tmp_path / "tfds", name="other")
     with pytest.raises(ValueError, match="several data sets"):
         tfds_latents.open_dataset(tmp_path / "tfds")
+
+
+def test_damaged_records_name_their_clip(folder, tmp_path):
+    root = convert(folder, tmp_path / "tfds")
+    index = latents.index(root)
+    (path,) = root.glob("*.array_record*")
+    whole = bytearray(path.read_bytes())
+    at = len(whole) // 3
+    flipped = bytes(b ^ 255 for b in whole[at : at + 400])
+    for content in (whole[:at] + flipped + whole[at + 400 :], whole[: len(whole) // 2]):
+        path.write_bytes(bytes(content))
+        index = latents.index(root)
+        told = []
+        for clip in index.clips:
+            try:
+                latents.read(index, clip, connect)
+            except ValueError as error:
+                told.append(str(error))
+                assert f"the record of {clip.name} cannot be read" in told[-1]
+        assert told
+
+
+def test_values_of_a_record_that_are_not_finite_are_refused(folder, tmp_path):
+    made = tfds_latents.open_dataset(convert(folder, tmp_path / "tfds"))
+    form = {
+        name: tfds_latents.Tensor((None,) * x.ndim, str(x.dtype))
+        for name, x in tfds_latents._tensors(made[0]).items()
+    }
+    bad = made[0]._replace(audio=np.full_like(made[0].audio, np.inf))
+    record = tfds_latents.encode(bad, name=made.clips[0].name, fps=25.0)
+    about = tfds_latents.metadata(form, made.clips[:1])
+    where = {"data_dir": tmp_path / "bad", "records": lambda: [record]}
+    tfds_latents.builder("idlora_talkvid", form, about, **where).download_and_prepare()
+    index = latents.index(tmp_path / "bad")
+    with pytest.raises(ValueError, match=r"speaker0/clip0 in .* not finite"):
+        latents.read(index, index.clips[0], connect)
