@@ -48,6 +48,7 @@ from idlora_jax.records import Sampled
 from idlora_jax.runs import Run
 from idlora_jax.sample_config import SampleConfig
 from idlora_jax.sessions import Loaded, Outcome
+from idlora_jax.settings import UsageError
 from idlora_jax.training import TrainState
 from idlora_jax.types import Tree
 
@@ -175,6 +176,12 @@ def plan(run: Run) -> Planned | None:
     """
     if not run.config.samples.every:
         return None
+    if jax.process_count() > 1:
+        raise UsageError(
+            f"samples.every: got {run.config.samples.every} with {jax.process_count()} "
+            "processes, expected 0: clips are sampled where one process trains; "
+            "use sample.py with the exported adapters"
+        )
     said: list[tuple[str, str]] = []
     configs = wanted(run.config, lambda line: said.append(("samples", line)))
     try:
