@@ -16,7 +16,7 @@ LEVELS = (
     "config_vocoder files images mel sound voices sheets media settings experiment "
     "sample_config commandline presets tagged",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
-    "norms records solvers losses parallel keys liveness",
+    "norms records solvers losses parallel keys liveness flops",
     "streams references",
     "denoise strategies model.*",
     "training loop runs states diagnosis weights.* checkpoints",
