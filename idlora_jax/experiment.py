@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from idlora_jax.config import AUDIO_TARGETS
+from idlora_jax.assumed import Assume
+from idlora_jax.config import AUDIO_TARGETS, Generation
 from idlora_jax.settings import require
 
 Numerics = Literal["exact", "reference"]
@@ -45,7 +46,7 @@ class Strategy:
         reference_p_drop: probability that a sample is trained without its references,
             so that guidance away from "no reference" has something to start from.
         sigma: the sampler of noise levels: of the generation "2.0" or "2.3", or
-            uniform.
+            uniform; None: of the base's generation.
         shared_sigma: video and audio get the same level.
         audio_weight: factor of the audio loss.
     """
@@ -60,7 +61,7 @@ class Strategy:
     negative_video: bool = False
     gap_s: float = 0.04
     reference_p_drop: float = 0.0
-    sigma: Literal["2.0", "2.3", "uniform"] = "2.0"
+    sigma: Literal["2.0", "2.3", "uniform"] | None = None
     shared_sigma: bool = True
     audio_weight: float = 1.0
 
@@ -265,6 +266,7 @@ class TrainConfig:
         base: the base checkpoint (one .safetensors file, or a converted folder).
         data: folder of the published latent layout, or a TFDS data set of it.
         output: folder for the log, the training state and the exported adapters.
+        generation: that the base must be of; None: any.
         mode: what is trained: an adapter, or (full) every parameter of the transformer,
             which needs 16 bytes for each of them; `lora` is not read then.
         strategy: how training samples are made.
@@ -288,6 +290,10 @@ class TrainConfig:
         fp8: what becomes of kernels that the base holds in 8 bits: times their scales
             in `dtype`, or kept and widened a layer at a time (half the memory).
         heldout: the fixed evaluation.
+        memory: what happens if the memory plan exceeds the device: an error, a warning,
+            or no plan at all.
+        dry_run: print what the run is and needs, and do nothing.
+        assume: what that takes for what is not there.
         resume: continue from the newest state in `output`.
         resume_with: names of settings, such as "seed" or "optimizer", that may differ
             from those of that state; "base" and "clips" stand for other weights and
@@ -298,6 +304,7 @@ class TrainConfig:
     base: Path
     data: Path
     output: Path
+    generation: Generation | None = None
     mode: Literal["lora", "full"] = "lora"
     strategy: Strategy = field(default_factory=Strategy)
     lora: Lora = field(default_factory=Lora)
@@ -317,6 +324,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fp8: Literal["upcast", "keep"] = "upcast"
     heldout: HeldOut = field(default_factory=HeldOut)
+    memory: Literal["check", "warn", "off"] = "check"
+    dry_run: bool = False
+    assume: Assume = field(default_factory=Assume)
     resume: bool = False
     resume_with: tuple[str, ...] = ()
     verify: bool = False
@@ -345,6 +355,21 @@ class TrainConfig:
             require(
                 optimizer.b_ratio == 1, "optimizer.b_ratio", optimizer.b_ratio, want
             )
+
+
+def of_generation(config: TrainConfig, generation: Generation) -> TrainConfig:
+    """The settings for a base, with its sampler of noise levels where none is named.
+
+    Raises:
+        ValueError: if they are for the other generation.
+    """
+    want = f"{generation}, which {config.base} is of"
+    good = config.generation in (None, generation)
+    require(good, "generation", config.generation, want)
+    if config.strategy.sigma is not None:
+        return config
+    strategy = dataclasses.replace(config.strategy, sigma=generation)
+    return dataclasses.replace(config, strategy=strategy)
 
 
 def plain(config: Any) -> Any:

@@ -38,6 +38,7 @@ from idlora_jax import (
     training,
 )
 from idlora_jax.checkpoints import AdapterMeta
+from idlora_jax.config import TransformerConfig
 from idlora_jax.data import latents
 from idlora_jax.data.latents import Index
 from idlora_jax.experiment import Strategy, TrainConfig
@@ -162,6 +163,21 @@ def _export_base(path: Path, params: Tree, about: AdapterMeta, *, like: Path) ->
     io.save_original(path, {"transformer": tree}, opened.config, said)
 
 
+def check_targets(config: TrainConfig, shapes: Tree) -> None:
+    """Refuse targets and patterns that fit no module of a transformer.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if config.mode == "full":
+        return
+    modules = adapters.select(shapes, config.lora.targets)
+    strategies.check_trained(config.strategy, modules)
+    for name in ("ranks", "alphas"):
+        rows = experiment.patterns(name, getattr(config.lora, name))
+        adapters.require_used(modules, rows)
+
+
 def plan(config: TrainConfig) -> Fit:
     """Check everything that can be checked without reading weights.
 
@@ -173,13 +189,8 @@ def plan(config: TrainConfig) -> Fit:
     if config.verify:
         verify_watched(io.open_base(config.base))
     nets, _ = networks.load(config.base, ())
-    if config.mode == "lora":
-        shapes = io.shapes(io.open_base(config.base), "transformer")
-        modules = adapters.select(shapes, config.lora.targets)
-        strategies.check_trained(config.strategy, modules)
-        for name in ("ranks", "alphas"):
-            rows = experiment.patterns(name, getattr(config.lora, name))
-            adapters.require_used(modules, rows)
+    config = experiment.of_generation(config, nets.generation)
+    check_targets(config, io.shapes(io.open_base(config.base), "transformer"))
     facts = {"base": nets.base_hash, "clips": _fingerprint(index)}
     full = functools.partial(_export_base, like=config.base)
     export = full if config.mode == "full" else None
@@ -187,15 +198,20 @@ def plan(config: TrainConfig) -> Fit:
     return Fit(run, nets, clips, held, runs.newest(run))
 
 
-def task_of(fit: Fit) -> Task:
-    """The transformer's functions with the run's settings."""
-    config, cfg = fit.run.config, fit.nets.transformer
+def task_for(config: TrainConfig, cfg: TransformerConfig, fps: float) -> Task:
+    """The transformer's functions with a run's settings.
+
+    Args:
+        config: the settings.
+        cfg: the transformer.
+        fps: frames per second of the clips.
+    """
     scanned = ("params" if config.mode == "full" else "lora",)
     return Task(
         apply=transformer.bind(cfg, remat=config.remat, scanned=scanned),
         prepare=functools.partial(transformer.prepare, cfg, numerics=config.numerics),
         spec=config.strategy,
-        fps=fit.clips.fps,
+        fps=fps,
         scale=config.lora.factor,
         dtype=jnp.dtype(config.dtype),
         numerics=config.numerics,
@@ -203,6 +219,11 @@ def task_of(fit: Fit) -> Task:
         dropout=config.lora.dropout,
         mode=config.mode,
     )
+
+
+def task_of(fit: Fit) -> Task:
+    """The transformer's functions with the run's settings."""
+    return task_for(fit.run.config, fit.nets.transformer, fit.clips.fps)
 
 
 def trained(config: TrainConfig, base: Tree) -> tuple[Tree, Tree]:

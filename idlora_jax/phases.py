@@ -12,7 +12,7 @@ class Phase:
     """What is on a device at the same time.
 
     Attributes:
-        name: "text", "inputs", a stage's name, or "decode".
+        name: such as "text", "decode" or "training step".
         resident: (what, bytes) that are there from before to after it.
         temporary: bytes for its own work.
     """
@@ -29,7 +29,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a sample needs of one device, phase by phase.
+    """What a run needs of one device, phase by phase.
 
     Attributes:
         title: what it is the plan of.

@@ -39,8 +39,8 @@ from idlora_jax.types import Tree
 Export = Callable[[Path, Tree, AdapterMeta], Any]
 Written = tuple[Path, Tree, AdapterMeta]
 FREE = frozenset(
-    "base data output resume resume_with verify steps save_every keep keep_best "
-    "log_every tensorboard validate_every".split()
+    "base data output generation memory dry_run assume resume resume_with verify steps "
+    "save_every keep keep_best log_every tensorboard validate_every".split()
 )
 """Settings that may differ when a run is resumed; `steps` moves the schedule's end."""
 
@@ -93,7 +93,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a saved state belongs to."""
         settings = experiment.flat(experiment.plain(self.config))
-        kept = {k: v for k, v in settings.items() if k not in FREE}
+        kept = {k: v for k, v in settings.items() if k.partition(".")[0] not in FREE}
         return {"settings": kept, **self.facts}
 
 
