@@ -13,8 +13,8 @@ LIBRARY = ROOT / "idlora_jax"
 
 LEVELS = (
     "__init__ types config config_codecs config_text config_upsampler config_video_vae "
-    "config_vocoder files images mel sound voices sheets media settings experiment "
-    "sample_config commandline presets tagged",
+    "config_vocoder files images mel sound voices sheets media settings assumed "
+    "experiment sample_config commandline presets tagged",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
     "norms records solvers losses parallel keys liveness flops",
     "streams references",
@@ -22,7 +22,7 @@ LEVELS = (
     "training loop runs states diagnosis weights.* checkpoints",
     "prompts prompt_cache plans as_trained codecs starts pipeline continuation "
     "previews outlines phases memory trajectories jobs finished batches outputs "
-    "sampling sessions fitting data.*",
+    "sampling sessions fitting training_outlines training_memory dry_run data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""
