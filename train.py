@@ -6,12 +6,14 @@ Writes lora_weights_step_<n>.safetensors, log.jsonl, tensorboard/, clips.jsonl a
 state/ into the output folder; --resume goes on from the newest state, also after a
 kill. SIGTERM and SIGINT (Ctrl-C) let the running step finish, save, and end with
 status 143 and 130, so that a scheduler can tell a stopped run from a finished one
-(0). Wrong usage ends with status 2, a failure with 1. Several devices and hosts:
+(0). Wrong usage ends with status 2, a failure with 1. --dry-run says what a run is and
+needs, also where weights or data are not there, and ends. Several devices and hosts:
 docs/scaling.md.
 """
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 from typing import Any
@@ -24,10 +26,17 @@ def main() -> int:
     """Check the inputs, train, say where the adapter is."""
     config = commandline.parse(sys.argv[1:], TrainConfig)
     # Imports jax: later than the command line, so that its mistakes answer at once.
-    from idlora_jax import distributed, fitting
+    from idlora_jax import distributed, dry_run, fitting, training_memory
 
+    if config.dry_run:
+        for text in dry_run.reports(config):
+            print(text, flush=True)
+        return 0
     distributed.start(config.distributed)
-    result = fitting.fit(fitting.plan(config))
+    plan = fitting.plan(config)
+    if distributed.is_first():
+        training_memory.announce(plan, functools.partial(print, file=sys.stderr))
+    result = fitting.fit(plan)
     if distributed.is_first():
         report(result)
     return 0 if result.signal is None else 128 + result.signal

@@ -2,8 +2,9 @@
 
 Origin: ID-LoRA/configs/training_celebvhq.yaml (arXiv 2603.10256): rank = alpha = 128,
 18 modules a layer, 6000 steps of 4 clips of 121 frames at 512 x 512, AdamW (there in 8
-bits) at 2e-4 falling to a tenth.
-Hardware: the base alone is 38 GB in bfloat16. Not run by us: no expected loss.
+bits) at 2e-4 falling to a tenth. The data set has 2963 pairs.
+Hardware: 64 GB of a device's memory by the plan of --dry-run, so one of 80 GB. Not run
+by us: no expected loss.
 
     python train.py --config configs/celebvhq_19b.py --base ltx-2-19b-dev.safetensors \
         --data datasets/celebvhq_preprocessed --output outputs/celebvhq
@@ -11,6 +12,7 @@ Hardware: the base alone is 38 GB in bfloat16. Not run by us: no expected loss.
 
 from pathlib import Path
 
+from idlora_jax.assumed import Assume
 from idlora_jax.experiment import TrainConfig
 
 
@@ -19,9 +21,11 @@ def get_config() -> TrainConfig:
         base=Path("ltx-2-19b-dev.safetensors"),
         data=Path("datasets/celebvhq_preprocessed"),
         output=Path("outputs/celebvhq"),
+        generation="2.0",
         steps=6000,
         batch_size=4,
         seed=42,
         save_every=200,
         keep=2,
+        assume=Assume(clips=2963),
     )

@@ -185,10 +185,36 @@ _TINY = {
     "caption_channels": 48,
 }
 
-LTX2_19B = transformer_config({"transformer": _BOTH})
+_CONNECTORS: Mapping[Generation, Json] = {
+    "2.0": {"connector_positional_embedding_max_pos": [4096]},
+    "2.3": {
+        "connector_positional_embedding_max_pos": [4096],
+        "connector_num_layers": 8,
+        "connector_num_attention_heads": 32,
+        "connector_apply_gated_attention": True,
+        "audio_connector_num_attention_heads": 32,
+        "audio_connector_attention_head_dim": 64,
+        "text_encoder_norm_type": "per_token_rms",
+        "caption_projection_first_linear": False,
+        "caption_projection_second_linear": False,
+        "caption_proj_input_norm": False,
+    },
+}
+
+
+def published(generation: Generation) -> dict[str, Any]:
+    """What the published checkpoint of a generation embeds on transformer and text.
+
+    Keys whose values are the reference code's defaults are left out.
+    """
+    newer = _NEWER if generation == "2.3" else {}
+    return {"transformer": _BOTH | newer | dict(_CONNECTORS[generation])}
+
+
+LTX2_19B = transformer_config(published("2.0"))
 """The published transformer of LTX-2, generation 2.0."""
 
-LTX2_3_22B = transformer_config({"transformer": _BOTH | _NEWER})
+LTX2_3_22B = transformer_config(published("2.3"))
 """The published transformer of LTX-2.3."""
 
 

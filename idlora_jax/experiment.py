@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from idlora_jax import axes
-from idlora_jax.config import AUDIO_TARGETS
+from idlora_jax.assumed import Assume
+from idlora_jax.config import AUDIO_TARGETS, Generation
 from idlora_jax.monitoring import Samples, Wandb
 from idlora_jax.settings import Distributed, Numerics, require
 
@@ -46,7 +47,7 @@ class Strategy:
         reference_p_drop: probability that a sample is trained without its references,
             so that guidance away from "no reference" has something to start from.
         sigma: the sampler of noise levels: of the generation "2.0" or "2.3", or
-            uniform.
+            uniform; None: of the base's generation.
         shared_sigma: video and audio get the same level.
         audio_weight: factor of the audio loss.
     """
@@ -61,7 +62,7 @@ class Strategy:
     negative_video: bool = False
     gap_s: float = 0.04
     reference_p_drop: float = 0.0
-    sigma: Literal["2.0", "2.3", "uniform"] = "2.0"
+    sigma: Literal["2.0", "2.3", "uniform"] | None = None
     shared_sigma: bool = True
     audio_weight: float = 1.0
 
@@ -267,6 +268,7 @@ class TrainConfig:
         data: folder of the published latent layout, a folder of such folders by size,
             or a TFDS data set of it.
         output: folder for the log, the training state and the exported adapters.
+        generation: that the base must be of; None: any.
         mode: what is trained: an adapter, or (full) every parameter of the transformer,
             which needs 16 bytes for each of them; `lora` is not read then.
         strategy: how training samples are made.
@@ -295,6 +297,10 @@ class TrainConfig:
         wandb: whether numbers and clips go to Weights & Biases, too.
         mesh: axes over devices, for instance "data=2,fsdp=4"; empty: one device.
         distributed: how processes on several hosts find each other.
+        memory: what happens if the memory plan exceeds the device: an error, a warning,
+            or no plan at all.
+        dry_run: print what the run is and needs, and do nothing.
+        assume: what that takes for what is not there.
         resume: continue from the newest state in `output`.
         resume_with: names of settings, such as "seed" or "optimizer", that may differ
             from those of that state; "base" and "clips" stand for other weights and
@@ -305,6 +311,7 @@ class TrainConfig:
     base: Path
     data: Path
     output: Path
+    generation: Generation | None = None
     mode: Literal["lora", "full"] = "lora"
     strategy: Strategy = field(default_factory=Strategy)
     lora: Lora = field(default_factory=Lora)
@@ -329,6 +336,9 @@ class TrainConfig:
     wandb: Wandb = field(default_factory=Wandb)
     mesh: str = ""
     distributed: Distributed = field(default_factory=Distributed)
+    memory: Literal["check", "warn", "off"] = "check"
+    dry_run: bool = False
+    assume: Assume = field(default_factory=Assume)
     resume: bool = False
     resume_with: tuple[str, ...] = ()
     verify: bool = False
@@ -369,6 +379,21 @@ class TrainConfig:
             require(
                 optimizer.b_ratio == 1, "optimizer.b_ratio", optimizer.b_ratio, want
             )
+
+
+def of_generation(config: TrainConfig, generation: Generation) -> TrainConfig:
+    """The settings for a base, with its sampler of noise levels where none is named.
+
+    Raises:
+        ValueError: if they are for the other generation.
+    """
+    want = f"{generation}, which {config.base} is of"
+    good = config.generation in (None, generation)
+    require(good, "generation", config.generation, want)
+    if config.strategy.sigma is not None:
+        return config
+    strategy = dataclasses.replace(config.strategy, sigma=generation)
+    return dataclasses.replace(config, strategy=strategy)
 
 
 def plain(config: Any) -> Any:

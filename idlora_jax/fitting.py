@@ -45,6 +45,7 @@ from idlora_jax import (
     wandb_run,
 )
 from idlora_jax.checkpoints import AdapterMeta
+from idlora_jax.config import TransformerConfig
 from idlora_jax.data import collection, latents, reading
 from idlora_jax.data.collection import Collection
 from idlora_jax.data.order import Order
@@ -191,6 +192,21 @@ def _export_base(path: Path, params: Tree, about: AdapterMeta, *, like: Path) ->
     io.save_original(path, {"transformer": tree}, opened.config, said)
 
 
+def check_targets(config: TrainConfig, shapes: Tree) -> None:
+    """Refuse targets and patterns that fit no module of a transformer.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if config.mode == "full":
+        return
+    modules = adapters.select(shapes, config.lora.targets)
+    strategies.check_trained(config.strategy, modules)
+    for name in ("ranks", "alphas"):
+        rows = experiment.patterns(name, getattr(config.lora, name))
+        adapters.require_used(modules, rows)
+
+
 def plan(config: TrainConfig) -> Fit:
     """Check everything that can be checked without reading weights.
 
@@ -205,13 +221,8 @@ def plan(config: TrainConfig) -> Fit:
         verify_watched(io.open_base(config.base))
     nets, _ = networks.load(config.base, ())
     shares.mesh_of(config.mesh, nets.transformer)
-    if config.mode == "lora":
-        shapes = io.shapes(io.open_base(config.base), "transformer")
-        modules = adapters.select(shapes, config.lora.targets)
-        strategies.check_trained(config.strategy, modules)
-        for name in ("ranks", "alphas"):
-            rows = experiment.patterns(name, getattr(config.lora, name))
-            adapters.require_used(modules, rows)
+    config = experiment.of_generation(config, nets.generation)
+    check_targets(config, io.shapes(io.open_base(config.base), "transformer"))
     facts = {"base": nets.base_hash, "clips": _fingerprint(index)}
     full = functools.partial(_export_base, like=config.base)
     export = full if config.mode == "full" else None
@@ -219,15 +230,23 @@ def plan(config: TrainConfig) -> Fit:
     return Fit(run, nets, clips, held, runs.newest(run), validation.plan(run))
 
 
-def task_of(fit: Fit, mesh: Mesh | None = None) -> Task:
-    """The transformer's functions with the run's settings."""
-    config, cfg = fit.run.config, fit.nets.transformer
+def task_for(
+    config: TrainConfig, cfg: TransformerConfig, fps: float, mesh: Mesh | None = None
+) -> Task:
+    """The transformer's functions with a run's settings.
+
+    Args:
+        config: the settings.
+        cfg: the transformer.
+        fps: frames per second of the clips.
+        mesh: devices that a step is divided over.
+    """
     scanned = ("params" if config.mode == "full" else "lora",)
     return Task(
         apply=transformer.bind(cfg, remat=config.remat, scanned=scanned, mesh=mesh),
         prepare=functools.partial(transformer.prepare, cfg, numerics=config.numerics),
         spec=config.strategy,
-        fps=fit.clips.fps,
+        fps=fps,
         scale=config.lora.factor,
         dtype=jnp.dtype(config.dtype),
         numerics=config.numerics,
@@ -235,6 +254,11 @@ def task_of(fit: Fit, mesh: Mesh | None = None) -> Task:
         dropout=config.lora.dropout,
         mode=config.mode,
     )
+
+
+def task_of(fit: Fit, mesh: Mesh | None = None) -> Task:
+    """The transformer's functions with the run's settings."""
+    return task_for(fit.run.config, fit.nets.transformer, fit.clips.fps, mesh)
 
 
 def trained(

@@ -242,12 +242,16 @@ class _Walk:
         return most
 
 
-def temporary(traced: core.ClosedJaxpr) -> int:
+def temporary(traced: core.ClosedJaxpr, *, donated: int = 0) -> int:
     """Bytes that a function needs beyond its arguments, its results included.
 
     Args:
         traced: from `jax.make_jaxpr`.
+        donated: how many arrays, the first of its arguments, it may write over.
     """
     walk = _Walk()
-    inputs = [_Value(nbytes(v.aval)) for v in traced.jaxpr.invars]
-    return walk.most(walk.run(traced.jaxpr, inputs)) + walk.kept
+    sizes = [nbytes(v.aval) for v in traced.jaxpr.invars]
+    over = [walk.new(n) for n in sizes[:donated]]
+    done = walk.run(traced.jaxpr, [*over, *map(_Value, sizes[donated:])])
+    given = [n for v in over for n in v.sources]
+    return walk.most(done, given) + walk.kept - walk.total(given)

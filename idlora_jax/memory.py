@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -291,13 +291,49 @@ def _smaller(job: Job, device: Device) -> Iterator[list[tuple[str, Job, Device]]
     ]
 
 
-def _held_back(device: Device, found: MemoryPlan, most: int) -> Iterator[str]:
+def held_back(device: Device, found: MemoryPlan, most: int) -> Iterator[str]:
     """Whether memory that JAX leaves to others would do: by default a quarter."""
     names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
     if device.platform == "gpu" and not any(name in os.environ for name in names):
         more = 0.95 / 0.75 * most
         if found.peak.total <= more:
             yield f"{names[0]}=0.95 in the environment ({more / GB:.2f} GB to use)"
+
+
+def verdict(
+    found: MemoryPlan,
+    most: int | None,
+    choice: Literal["check", "warn", "off"],
+    helps: Callable[[int], Iterable[str]],
+    kind: str | None = None,
+) -> str | None:
+    """What is to be said of a plan that does not fit; None if it does.
+
+    Args:
+        found: the plan.
+        most: bytes of the device; None: nothing tells.
+        choice: what happens then.
+        helps: from `most` to the settings each of which would make it fit.
+        kind: of the device (default: that of the first one).
+
+    Raises:
+        ValueError: if it does not fit, and the choice is "check": what is needed, what
+            there is, and which settings help.
+    """
+    if choice == "off" or most is None or found.peak.total <= most:
+        return None
+    peak, kind = found.peak, kind or jax.devices()[0].device_kind
+    settings = [*helps(most)]
+    do = "no other setting makes it fit: use a larger device"
+    if settings:
+        do = f"each of these makes it fit: {', '.join(settings)}"
+    line = (
+        f"memory: {peak.name!r} needs about {peak.total / GB:.2f} GB, "
+        f"but {kind} has {most / GB:.2f} GB; {do}"
+    )
+    if choice == "check":
+        raise ValueError(f"{line} (--memory warn goes on anyway)")
+    return line
 
 
 def helps(
@@ -313,7 +349,7 @@ def helps(
         options: of `for_job`.
     """
     device = options.pop("device", None) or this_device(job.config)
-    yield from _held_back(device, found, most)
+    yield from held_back(device, found, most)
     groups = [*_lighter(job, device)]
     if all(sum(n for _, n in phase.resident) < most for phase in found.phases):
         groups += _smaller(job, device)
@@ -342,18 +378,5 @@ def check(
             there is, and which settings help.
     """
     most = limit() if most is None else most
-    if job.config.memory == "off" or most is None or found.peak.total <= most:
-        return None
-    peak, kind = found.peak, jax.devices()[0].device_kind
-    line = (
-        f"memory: {peak.name!r} needs about {peak.total / GB:.2f} GB, "
-        f"but {kind} has {most / GB:.2f} GB"
-    )
-    settings = [*helps(job, inputs, found, most, **options)]
-    do = "no other setting makes it fit: use a larger device"
-    if settings:
-        do = f"each of these makes it fit: {', '.join(settings)}"
-    line = f"{line}; {do}"
-    if job.config.memory == "check":
-        raise ValueError(f"{line} (--memory warn goes on anyway)")
-    return line
+    others = lambda most: helps(job, inputs, found, most, **options)
+    return verdict(found, most, job.config.memory, others)

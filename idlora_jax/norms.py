@@ -18,7 +18,8 @@ from idlora_jax.types import Tree
 Norms = dict[str, Float[Array, ""]]
 
 
-def _group(names: tuple[str, ...]) -> str:
+def group(names: tuple[str, ...]) -> str:
+    """The group of a parameter, given the names of its path."""
     inner = names[1:3] if names[0] == "blocks" else names[:1]
     return "_".join(inner)
 
@@ -44,7 +45,7 @@ def of_tree(tree: Tree, name: str) -> Norms:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = [(tuple(str(key.key) for key in path), x) for path, x in leaves]
-    return _joined([(_group(path), _square(x)) for path, x in named], name)
+    return _joined([(group(path), _square(x)) for path, x in named], name)
 
 
 def _change(pair: Mapping[str, Array]) -> Float[Array, ""]:
@@ -69,4 +70,4 @@ def of_change(adapter: Tree, name: str) -> Norms:
         adapter: nested dict with {a: [.. I R], b: [.. R O]} in place of kernels.
         name: as in `of_tree`.
     """
-    return _joined([(_group(at), _change(pair)) for at, pair in _pairs(adapter)], name)
+    return _joined([(group(at), _change(pair)) for at, pair in _pairs(adapter)], name)

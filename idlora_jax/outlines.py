@@ -11,7 +11,7 @@ models trace on any machine. What is traced are the functions that run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ def _like(leaf: Leaf, dtype: np.dtype) -> Shape:
     return Shape(leaf.spec.shape, dtype)
 
 
-def _shapes(
+def shapes(
     found: Mapping[str, Leaf], dtype: Any, choice: Choice = "upcast"
 ) -> dict[str, Any]:
     """What `io.read_all` gives, without reading it."""
@@ -85,6 +85,7 @@ def parameters(
     upsampler_path: PathLike | None = None,
     dtype: Any = "bfloat16",
     choice: Choice = "upcast",
+    names: Iterable[str] = tuple(io.NETWORKS),
 ) -> dict[str, Tree]:
     """Shapes and dtypes of what `networks.load` gives; only headers are read.
 
@@ -94,21 +95,22 @@ def parameters(
         upsampler_path: the latent upsampler's file, for "upsampler".
         dtype: of the parameters.
         choice: what becomes of kernels in 8 bits.
+        names: of the base's networks.
 
     Raises:
         ValueError: if files are unreadable or incomplete.
     """
     opened, target = io.open_base(base), jnp.dtype(dtype)
-    found = {name: io.locate(opened, name)[0] for name in io.NETWORKS}
-    out: dict[str, Tree] = {n: _shapes(own, target) for n, own in found.items()}
+    found = {name: io.locate(opened, name)[0] for name in names}
+    out: dict[str, Tree] = {n: shapes(own, target) for n, own in found.items()}
     if choice == "keep":
-        out["transformer"] = _shapes(found["transformer"], target, choice)
+        out["transformer"] = shapes(found["transformer"], target, choice)
     if text_encoder_path is not None:
         _, own = networks.text_encoder_leaves(text_encoder_path)
-        out["text_encoder"] = _shapes(own, target)
+        out["text_encoder"] = shapes(own, target)
     if upsampler_path is not None:
         file = upsampler_files.open_upsampler(upsampler_path)
-        out["upsampler"] = _shapes(upsampler_files.locate(file)[0], target)
+        out["upsampler"] = shapes(upsampler_files.locate(file)[0], target)
     return out
 
 

@@ -12,7 +12,7 @@ class Phase:
     """What is on a device at the same time.
 
     Attributes:
-        name: "text", "inputs", a stage's name, or "decode".
+        name: such as "text", "decode" or "training step".
         resident: (what, bytes) that are there from before to after it.
         temporary: bytes for its own work.
     """
@@ -29,7 +29,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a sample needs of one device, phase by phase.
+    """What a run needs of one device, phase by phase.
 
     Attributes:
         title: what it is the plan of.
@@ -51,11 +51,11 @@ class MemoryPlan:
         rows["temporary (estimate)"] = [p.temporary for p in self.phases]
         rows["together"] = [p.total for p in self.phases]
         heads = [p.name + "*" * (p is self.peak) for p in self.phases]
-        wide = max(map(len, rows))
+        wide, cell = max(map(len, rows)), max(11, *(len(head) + 2 for head in heads))
         out = [f"memory plan in GB: {self.title}"]
-        out.append(" " * wide + "".join(f"{head:>11}" for head in heads))
+        out.append(" " * wide + "".join(f"{head:>{cell}}" for head in heads))
         for name, sizes in rows.items():
-            cells = (f"{_gb(n):>11}" if n else f"{'-':>11}" for n in sizes)
+            cells = (f"{_gb(n) if n else '-':>{cell}}" for n in sizes)
             out.append(f"{name:{wide}}" + "".join(cells))
         return "\n".join(out)
 

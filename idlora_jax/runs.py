@@ -47,9 +47,9 @@ from idlora_jax.types import Tree
 Export = Callable[[Path, Tree, AdapterMeta], Any]
 Written = tuple[Path, Tree, AdapterMeta]
 FREE = frozenset(
-    "base data output resume resume_with verify steps save_every keep keep_best "
-    "log_every tensorboard validate_every read_ahead samples wandb mesh "
-    "distributed".split()
+    "base data output generation memory dry_run assume resume resume_with verify steps "
+    "save_every keep keep_best log_every tensorboard validate_every read_ahead samples "
+    "wandb mesh distributed".split()
 )
 """Settings that may differ when a run is resumed; `steps` moves the schedule's end.
 

@@ -228,6 +228,11 @@ def _level(
     key: PRNGKeyArray, batch: int, tokens: int, spec: Strategy
 ) -> Float[Array, " B"]:
     draws = losses.sigma_draws(key, batch)
+    if spec.sigma is None:
+        raise ValueError(
+            "strategy.sigma: got None, expected the generation's sampler of noise "
+            "levels; see experiment.of_generation, or name it"
+        )
     if spec.sigma == "uniform":
         return losses.uniform(draws)
     return losses.shifted_logit_normal(draws, tokens, spec.sigma)

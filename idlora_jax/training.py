@@ -295,13 +295,14 @@ def make_train_step(
         grads, metrics = jax.grad(of, has_aux=True)(state.adapter)
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        extra = {"grad_norm": norm, "skipped": 1.0 - ok.astype(jnp.float32)}
+        extra |= norms.of_tree(grads, "grad_norm")
         old: Any = state.adapter
         updates, opt_state = tx.update(grads, state.opt_state, old)
         adapter = optax.apply_updates(old, updates)
         adapter, opt_state = _if(ok, (adapter, opt_state), (old, state.opt_state))
-        extra = {"grad_norm": norm, "skipped": 1.0 - ok.astype(jnp.float32)}
-        extra |= norms.of_tree(grads, "grad_norm") | _sizes(task, adapter)
-        return TrainState(adapter, opt_state, state.step + 1), metrics | extra
+        state = TrainState(adapter, opt_state, state.step + 1)
+        return state, metrics | extra | _sizes(task, adapter)
 
     out = None if places is None else (places, places.step)
     return jax.jit(step, donate_argnums=0, out_shardings=out)

@@ -13,16 +13,18 @@ LIBRARY = ROOT / "idlora_jax"
 
 LEVELS = (
     "__init__ types config config_codecs config_text config_upsampler config_video_vae "
-    "config_vocoder files images mel sound voices sheets media settings experiment "
-    "sample_config monitoring commandline presets tagged axes",
+    "config_vocoder files images mel sound voices sheets media settings assumed "
+    "experiment sample_config monitoring commandline presets tagged axes",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
-    "norms wandb_run records solvers losses parallel shares distributed keys liveness",
+    "norms wandb_run records solvers losses parallel shares distributed keys liveness "
+    "flops",
     "streams references",
     "denoise strategies model.*",
     "training evaluation loop runs states diagnosis weights.* checkpoints",
     "prompts prompt_cache plans as_trained codecs starts pipeline continuation "
     "previews outlines phases memory trajectories jobs finished batches outputs "
-    "sampling sessions validation heldout fitting data.*",
+    "sampling sessions validation heldout fitting training_outlines training_memory "
+    "dry_run data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""

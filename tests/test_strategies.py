@@ -26,7 +26,7 @@ from idlora_jax.experiment import Strategy
 from idlora_jax.model import transformer
 from idlora_jax.types import AV, Branch, each
 
-SPEC = Strategy(coin="sample")
+SPEC = Strategy(coin="sample", sigma="2.0")
 BATCH = toy.batch(0, size=4)
 KEY = jax.random.key(3)
 FRAME = 2

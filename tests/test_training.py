@@ -254,7 +254,7 @@ def real_task(generation: str = "2.0", **options: Any) -> training.Task:
     return training.Task(
         transformer.bind(cfg, **options),
         functools.partial(transformer.prepare, cfg),
-        experiment.Strategy(coin="sample"),
+        experiment.Strategy(coin="sample", sigma="2.0"),
         scale=1.0,
     )
 

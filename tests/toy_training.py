@@ -16,7 +16,7 @@ from idlora_jax.types import AV, Branch, Prompt, each
 
 WIDTH = 128
 TARGETS = ("audio/ff/up", "video/ff/up")
-SPEC = experiment.Strategy(coin="sample")
+SPEC = experiment.Strategy(coin="sample", sigma="2.0")
 
 
 class Prepared(NamedTuple):

@@ -71,6 +71,7 @@ def _xla(
     per_row = 4 * batch * heads * k.shape[1]
     if rows * per_row <= _SCORE_BYTES:
         return call(q, k, v, bias=bias)
+    call = jax.checkpoint(call)  # a gradient makes the scores of a chunk again
     chunk = max(1, _SCORE_BYTES // per_row)
     pad = -rows % chunk
     split = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
