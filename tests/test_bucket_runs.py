@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import latent_folder
 import numpy as np
 import pytest
-import small_transformer as small
 import toy_training as toy
 
-from idlora_jax import experiment, fitting, loop, optimizers, runs, states, training
+from idlora_jax import experiment, heldout, loop, optimizers, runs, states, training
 from idlora_jax.data import collection, reading
 from idlora_jax.data.order import Order
 from idlora_jax.strategies import Batch
@@ -144,15 +143,15 @@ def test_a_batchs_own_frame_rate_comes_before_the_tasks(clips):
 
 def test_the_held_out_loss_is_the_mean_over_the_clips_of_all_sizes(tmp_path, clips):
     run = run_in(tmp_path, heldout=experiment.HeldOut(clips=3, sigmas=(0.25, 0.75)))
-    rest, held = collection.split(clips, 3)
+    _, held = collection.split(clips, 3)
     assert held.counts == (2, 1)
     tx, *_ = step_of(run.config.optimizer)
-    state = training.init(toy.adapter(), toy.base(), tx)
+    adapter = jax.tree.map(lambda x: x + 0.1, toy.adapter())
+    state = training.init(adapter, toy.base(), tx)
 
     def losses(held: collection.Collection) -> dict[str, float]:
-        nets = small.networks("2.0")
-        fit = fitting.Fit(run, nets, rest, held, None)
-        found = fitting._held_out(fit, toy.task(), toy.base(), connect)(state)
+        given = run.config, held, toy.task(), state.adapter, toy.base(), connect
+        found = heldout.losses(*given)(state)
         assert found is not None
         return found
 
