@@ -8,7 +8,8 @@ with this base.
 Hardware: 68 GB of a device's memory by the plan of --dry-run, so one of 80 GB. Not run
 by us: no expected loss.
 
-    python train.py --config configs/celebvhq_22b.py --base ltx-2.3-22b-dev.safetensors \
+    python train.py --config configs/celebvhq_22b.py \
+        --base ltx-2.3-22b-dev.safetensors \
         --data datasets/celebvhq_preprocessed_22b --output outputs/celebvhq_22b
 """
 

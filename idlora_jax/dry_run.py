@@ -37,7 +37,7 @@ from idlora_jax.experiment import TrainConfig
 from idlora_jax.fitting import Fit
 from idlora_jax.memory import Device
 from idlora_jax.phases import GB
-from idlora_jax.training_outlines import Outline
+from idlora_jax.training_outlines import Nets, Outline
 from idlora_jax.types import Tree
 from idlora_jax.weights import networks
 
@@ -91,7 +91,7 @@ def _device(config: TrainConfig) -> tuple[Device, int | None, list[str]]:
     return Device(platform, axes.parse(config.mesh)), most, notes
 
 
-def _stand_in(config: TrainConfig) -> tuple[networks.Networks, str]:
+def _stand_in(config: TrainConfig) -> tuple[Nets, str]:
     """The published networks in place of a base that is not there."""
     if config.generation is None:
         raise ValueError(

@@ -63,7 +63,7 @@ def _state(outline: Outline, device: Device) -> Rows:
     own = _part(state.adapter, device)
     average = 0 if state.ema is None else _part(state.ema, device)
     waiting = _part(getattr(state.opt_state, "acc_grads", ()), device)
-    moments = _part(state.opt_state, device) - average - waiting
+    moments = _part(state[1:], device) - average - waiting
     name = "adapter" if outline.config.mode == "lora" else "trained"
     sums = "accumulated gradients"
     return [(name, own), ("optimizer", moments), ("average", average), (sums, waiting)]

@@ -35,7 +35,8 @@ from idlora_jax import (
     training,
 )
 from idlora_jax.assumed import Assume
-from idlora_jax.config import Generation
+from idlora_jax.config import Generation, TransformerConfig
+from idlora_jax.config_text import TextConnectorConfig
 from idlora_jax.data.collection import Collection
 from idlora_jax.data.stored import Stored
 from idlora_jax.experiment import TrainConfig
@@ -43,7 +44,7 @@ from idlora_jax.model import text_connector
 from idlora_jax.strategies import Batch
 from idlora_jax.training import TrainState
 from idlora_jax.types import AV, Prompt, Rate, Tree
-from idlora_jax.weights import catalog, io, rules
+from idlora_jax.weights import catalog, rules
 from idlora_jax.weights.fp8 import INPUT_SCALE, SCALE, Choice
 from idlora_jax.weights.leaves import Leaf, Narrow
 from idlora_jax.weights.networks import Networks
@@ -55,6 +56,15 @@ TEXT = 1024
 """Tokens of a stored prompt."""
 _IN_8_BITS: Mapping[Generation, int] = {"2.0": 42, "2.3": 44}
 """How many layers of the published files in 8 bits are so."""
+
+
+@dataclass(frozen=True)
+class Nets:
+    """What the networks of training are; `Networks` say so of all."""
+
+    transformer: TransformerConfig
+    text_connector: TextConnectorConfig
+    generation: Generation
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ def of_collection(clips: Collection) -> Clips:
     return Clips(index.fps, like, index.ragged)
 
 
-def assumed(assume: Assume, folders: tuple[str, ...], nets: Networks) -> Clips:
+def assumed(assume: Assume, folders: tuple[str, ...], nets: Nets | Networks) -> Clips:
     """Clips as a dry run assumes them, with what the folders hold.
 
     Args:
@@ -143,7 +153,7 @@ def _published(path: str, like: Any, generation: Generation, choice: Choice) -> 
 
 def built_in(
     generation: Generation, dtype: str = "bfloat16", choice: Choice = "upcast"
-) -> tuple[Networks, dict[str, Tree]]:
+) -> tuple[Nets, dict[str, Tree]]:
     """The published networks that training uses, and shapes of their parameters.
 
     Args:
@@ -152,11 +162,8 @@ def built_in(
         choice: of kernels in 8 bits; "keep" stands for the published files with such.
     """
     section = config.published(generation)
-    made: dict[str, Any] = dict.fromkeys((*io.NETWORKS, "text_encoder"))
-    for name in NAMES:
-        made[name] = catalog.read_config(name, section, generation)
-    nets = Networks(**made, generation=generation, base_hash="")
-    params = {}
+    made = {name: catalog.read_config(name, section, generation) for name in NAMES}
+    nets, params = Nets(**made, generation=generation), {}
     for name in NAMES:
         flat = rules.flatten(catalog.shapes_of(name, made[name]))
         own: Choice = choice if name == "transformer" else "upcast"
@@ -178,7 +185,7 @@ class Outline:
     """
 
     config: TrainConfig
-    nets: Networks
+    nets: Nets | Networks
     params: Mapping[str, Tree]
     clips: Clips
     parts: int = 1
@@ -299,7 +306,9 @@ class Outline:
         return of(config, self.nets, self.clips, self.parts)
 
 
-def of(config: TrainConfig, nets: Networks, clips: Clips, parts: int = 1) -> Outline:
+def of(
+    config: TrainConfig, nets: Nets | Networks, clips: Clips, parts: int = 1
+) -> Outline:
     """A run in shapes.
 
     Args:

@@ -1,0 +1,252 @@
+"""The memory plan of a training run: exact sizes, estimates against XLA's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import eight_bits
+import jax
+import jax.numpy as jnp
+import latent_folder
+import pytest
+import sparse_files
+
+from idlora_jax import (
+    config,
+    config_text,
+    experiment,
+    fitting,
+    flops,
+    liveness,
+    memory,
+    prompts,
+    training,
+    training_memory,
+    training_outlines,
+)
+from idlora_jax.assumed import Assume
+from idlora_jax.data import latents
+from idlora_jax.experiment import Ema, HeldOut, Lora, Optimizer, TrainConfig
+from idlora_jax.memory import Device
+from idlora_jax.presets import tiny_train
+from idlora_jax.training_outlines import Outline
+from idlora_jax.weights import networks
+
+CLIPS = Assume(frames=17, height=256, width=256, reference_s=0.4)
+POLICIES = ("none", "selective", "full")
+QUERIES = ("blocks/audio/self_attn/q",)
+
+
+def outline(tiny_model: Any, **changes: Any) -> Outline:
+    """A run on the tiny model that adapts one module of a layer."""
+    common = {"lora": Lora(rank=64, targets=QUERIES), "heldout": HeldOut(clips=0)}
+    settings = {"assume": CLIPS, "batch_size": 2, **common, **changes}
+    made = dataclasses.replace(tiny_train(), base=tiny_model[0], **settings)
+    made = experiment.of_generation(made, "2.0")
+    nets, _ = networks.load(made.base, ())
+    clips = training_outlines.assumed(made.assume, fitting.folders(made.strategy), nets)
+    return training_outlines.of(made, nets, clips)
+
+
+def phases(run: Outline, device: Device | None = None) -> dict[str, dict[str, int]]:
+    found = training_memory.of(run, device)
+    return {p.name: dict(p.resident) | {"work": p.temporary} for p in found.phases}
+
+
+@pytest.fixture(scope="module")
+def policies(tiny_model: Any) -> dict[str, Outline]:
+    return {r: outline(tiny_model, remat=r) for r in POLICIES}
+
+
+@pytest.mark.parametrize("remat", POLICIES)
+def test_the_estimate_of_a_step_is_near_what_xla_says_of_each_policy(policies, remat):
+    run = policies[remat]
+    estimate = liveness.temporary(run.step, donated=len(jax.tree.leaves(run.state)))
+    step = training.make_train_step(run.task, run.tx, jax.random.key(0))
+    args = run.state, run.frozen, run.batch(2)
+    exact: Any = step.lower(*args).compile().memory_analysis()  # pyright: ignore
+    assert exact.alias_size_in_bytes == memory.size(run.state)
+    assert 0.9 * exact.temp_size_in_bytes <= estimate <= 1.6 * exact.temp_size_in_bytes
+
+
+def test_a_lighter_policy_needs_less_and_does_more(policies):
+    runs = policies.values()
+    needed = [phases(run)["training step"]["work"] for run in runs]
+    assert needed == sorted(needed, reverse=True) and needed[0] > 2 * needed[2]
+    work = [flops.count(run.step) for run in runs]
+    assert work == sorted(work) and 1.2 * work[0] < work[2] < 1.5 * work[0]
+
+
+def test_what_lasts_is_what_a_run_holds_to_the_byte(tiny_model, tmp_path):
+    clips = latent_folder.write(
+        tmp_path / "clips", 4, text=(128, 48), audio=9, reference=5
+    )
+    settings = dataclasses.replace(
+        tiny_train(),
+        base=tiny_model[0],
+        data=clips,
+        output=tmp_path / "out",
+        ema=Ema(0.9),
+        optimizer=Optimizer(name="adamw8bit", accumulation=2),
+        heldout=HeldOut(clips=1),
+        dtype="bfloat16",
+    )
+    fit = fitting.plan(settings)
+    settings = fit.run.config
+    clips = training_outlines.of_index(fit.clips)
+    run = training_outlines.of(settings, fit.nets, clips)
+    names, dtype = training_outlines.NAMES, jnp.dtype(settings.dtype)
+    _, params = networks.load(settings.base, names, dtype=dtype)
+    adapter, base = fitting.trained(settings, params["transformer"])
+    state = training.init(adapter, base, run.tx)
+
+    def connect(features: Any, mask: Any) -> Any:
+        return prompts.prompts(fit.nets, params, features, mask)
+
+    batch = latents.batches(fit.clips, connect, settings.batch_size)(0)
+    kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert kinds(run.state) == kinds(state)
+    assert kinds(run.batch(settings.batch_size)) == kinds(batch)
+    live = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    step = phases(run)["training step"]
+    want = {name.replace("_", " "): live(params[name]) for name in names}
+    want |= {"adapter": live(adapter), "gradients": live(adapter)}
+    want |= {"accumulated gradients": live(adapter), "average": live(adapter)}
+    want |= {"batch": live(batch), "optimizer": live(state) - 3 * live(adapter)}
+    assert {name: step[name] for name in want} == want
+
+
+def test_full_fine_tuning_holds_the_trained_copy_and_no_frozen_one(tiny_model):
+    run = outline(tiny_model, mode="full", dtype="bfloat16", lora=Lora(rank=8))
+    found = phases(run)
+    assert "transformer" not in found["training step"]
+    trained = found["training step"]["trained"]
+    # Scale and shift tables are in float32 already.
+    assert 1.9 * found["load"]["transformer"] < trained
+    assert found["training step"]["optimizer"] == pytest.approx(2 * trained, abs=64)
+    assert found["load"]["work"] == trained
+
+
+def test_a_mesh_divides_clips_and_weights(tiny_model):
+    run = outline(tiny_model, batch_size=4)
+    device = Device(mesh={"data": 2, "tensor": 2})
+    shared = dataclasses.replace(run, parts=2)
+    one, four = phases(run)["training step"], phases(shared, device)["training step"]
+    assert four["transformer"] < 0.7 * one["transformer"]
+    assert four["batch"] == one["batch"] // 2
+    assert four["work"] < 0.7 * one["work"]
+
+
+def test_a_cpu_also_holds_what_its_scans_and_saves_copy(tiny_model):
+    run = outline(tiny_model, dtype="bfloat16")
+    here, there = phases(run, Device("cpu")), phases(run, Device("gpu"))
+    step = here["training step"]
+    blocks = jax.tree.leaves(run.frozen["blocks"])
+    stacks = sum(x.size for x in blocks if x.dtype == jnp.bfloat16)
+    assert step["float32 copies"] == 4 * stacks
+    assert here["save"]["work"] - there["save"]["work"] == memory.size(run.state)
+    assert "float32 copies" not in there["training step"]
+
+
+def changed(run: Outline, text: str) -> Outline:
+    """The run with the settings that a message names."""
+    words = text.split()
+    named = {
+        k.removeprefix("--"): v for k, v in zip(words[::2], words[1::2], strict=True)
+    }
+    settings = run.config
+    for name, value in named.items():
+        value = int(value) if value.isdigit() else value
+        first, _, rest = name.replace("-", "_").partition(".")
+        if rest:
+            value = dataclasses.replace(getattr(settings, first), **{rest: value})
+        settings = dataclasses.replace(settings, **{first: value})
+    return run.other(settings)
+
+
+def named(message: str) -> list[str]:
+    """The settings that a message offers, with what they would need."""
+    return message.split("makes it fit: ")[1].split(" (--memory")[0].split(", ")
+
+
+def test_too_little_memory_is_an_error_that_names_what_helps(policies):
+    run, device = policies["selective"], Device("tpu")
+    found = training_memory.of(run, device)
+    most = found.peak.total - 1
+    assert training_memory.check(run, found, device, most + 1) is None
+    with pytest.raises(ValueError, match="'training step' needs about") as error:
+        training_memory.check(run, found, device, most, "a card")
+    offers = named(str(error.value))
+    assert [offer.partition(" (")[0] for offer in offers] == [
+        "--remat full",
+        "--optimizer.name adamw8bit",
+        "--batch-size 1 --optimizer.accumulation 2",
+    ]
+    text, _, size = offers[2].partition(" (")
+    needs = training_memory.of(changed(run, text), device).peak.total
+    assert needs <= most and size == f"{needs / 1e9:.2f} GB)"
+
+
+def test_settings_that_do_not_help_alone_are_offered_together(policies):
+    run, device = policies["selective"], Device("tpu")
+    every = "--remat full --optimizer.name adamw8bit --batch-size 1 "
+    every += "--optimizer.accumulation 2"
+    most = training_memory.of(changed(run, every), device).peak.total
+    offers = training_memory.helps(run, device, most)
+    assert [offer.partition(" (")[0] for offer in offers] == [every]
+
+
+def test_a_base_in_8_bits_may_stay_so(tiny_model, tmp_path):
+    tensors, said = eight_bits.read(tiny_model[0])
+    scaled = eight_bits.scaled(tensors, eight_bits.in_layers(1, 2))
+    base = eight_bits.write(tmp_path / "base.safetensors", scaled, said)
+    run, device = outline((base,), batch_size=1), Device()
+    most = training_memory.of(run, device).peak.total - 1
+    assert any("--fp8 keep" in x for x in training_memory.helps(run, device, most))
+
+
+def test_the_plan_of_a_run_is_said_before_weights_are_read(tiny_model, tmp_path):
+    clips = latent_folder.write(tmp_path / "clips", 4, text=(128, 48))
+    settings = dataclasses.replace(
+        tiny_train(), base=tiny_model[0], data=clips, output=tmp_path / "out"
+    )
+    said: list[str] = []
+    training_memory.announce(fitting.plan(settings), said.append)
+    assert len(said) == 1 and said[0].startswith("memory plan in GB: training, batch 2")
+    off = dataclasses.replace(settings, memory="off")
+    training_memory.announce(fitting.plan(off), said.append)
+    assert len(said) == 1 and not settings.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("generation", "name"), [("2.0", "ltx-2-19b"), ("2.3", "ltx-2.3-22b")]
+)
+def test_built_in_networks_are_those_of_published_files(generation, name):
+    embedded, own = sparse_files.config(name), config.published(generation)
+    read = config.transformer_config
+    assert read(own, generation) == read(embedded, generation)
+    text = config_text.text_connector_config
+    assert text(own, generation) == text(embedded, generation)
+
+
+@pytest.mark.parametrize(
+    ("generation", "file", "choice"),
+    [
+        ("2.0", "ltx-2-19b-dev", "upcast"),
+        ("2.3", "ltx-2.3-22b-dev", "upcast"),
+        ("2.0", "ltx-2-19b-dev-fp8", "keep"),
+    ],
+)
+def test_built_in_shapes_are_those_of_published_files(
+    generation, file, choice, tmp_path
+):
+    path = sparse_files.write(tmp_path / "base.safetensors", file)
+    _, own = training_outlines.built_in(generation, "bfloat16", choice)
+    settings = TrainConfig(path, tmp_path, tmp_path, generation=generation, fp8=choice)
+    nets, _ = networks.load(path, ())
+    clips = training_outlines.assumed(Assume(), (), nets)
+    read = training_outlines.of(settings, nets, clips).params
+    kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    for network in training_outlines.NAMES:
+        assert kinds(own[network]) == kinds(read[network])
