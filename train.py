@@ -23,16 +23,23 @@ from idlora_jax.experiment import TrainConfig
 
 
 def main() -> int:
-    """Check the inputs, train, say where the adapter is."""
+    """Check the command line, say what a run needs, or train."""
     config = commandline.parse(sys.argv[1:], TrainConfig)
     # Imports jax: later than the command line, so that its mistakes answer at once.
-    from idlora_jax import distributed, dry_run, fitting, training_memory
+    from idlora_jax import distributed, dry_run
 
     if config.dry_run:
         for text in dry_run.reports(config):
             print(text, flush=True)
         return 0
     distributed.start(config.distributed)
+    return distributed.run(lambda: train(config)) or 0
+
+
+def train(config: TrainConfig) -> int:
+    """Check the inputs, train; the status is 0, or 128 and what stopped it."""
+    from idlora_jax import distributed, fitting, training_memory
+
     plan = fitting.plan(config)
     if distributed.is_first():
         training_memory.announce(plan, functools.partial(print, file=sys.stderr))

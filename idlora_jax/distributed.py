@@ -4,6 +4,7 @@
     is_first()                      whether this process prints and writes
     agreed(signal)                  the same number on all, at the same moment
     require_same(settings)          a barrier, and an error where processes differ
+    run(work)                       a process that fails ends at once
 
 Processes find each other through a coordinator, which the first of them runs. Under
 Slurm and Open MPI jax reads from the environment where it is, how many processes there
@@ -16,15 +17,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import sys
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
+from idlora_jax import commandline
 from idlora_jax.settings import Distributed, UsageError
 
 LAUNCHERS: Mapping[str, str] = {
@@ -71,10 +74,23 @@ def _watched(said: str, seconds: int) -> Iterator[None]:
         timer.cancel()
 
 
+def _check_port(port: int) -> None:
+    """Refuse a port that is taken: jax would crash."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise UsageError(
+            f"distributed.coordinator: port {port} of this host cannot be used "
+            f"({error.strerror}), expected a free one; choose another on all processes"
+        ) from None
+
+
 def _options(settings: Distributed, found: str | None) -> tuple[dict[str, Any], str]:
     """What jax is told, and how errors name it."""
     if settings.coordinator is None:
         return {}, f"started by {found}"
+    if settings.process == 0:
+        _check_port(int(settings.coordinator.rpartition(":")[2]))
     said = f"process {settings.process} of {settings.processes}"
     options = {
         "coordinator_address": settings.coordinator,
@@ -111,9 +127,37 @@ def start(settings: Distributed, environment: Mapping[str, str] = os.environ) ->
     except (ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"distributed: {said}: {reason}; give --distributed.coordinator HOST:PORT "
-            "--distributed.processes N --distributed.process I, the port being free"
+            f"distributed: {said}: {reason} Give --distributed.coordinator HOST:PORT "
+            "--distributed.processes N --distributed.process I"
         ) from None
+
+
+def _one_of_several(work: Callable[[], int | None]) -> int | None:
+    """The same, with errors of the devices and of what they exchange as ours."""
+    try:
+        return work()
+    except jax.errors.JaxRuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"process {jax.process_index()} of {jax.process_count()} had to end "
+            f"({reason}); see what the others say, and start all again with --resume"
+        ) from None
+
+
+def run(work: Callable[[], int | None]) -> int | None:
+    """What `work` returns, the status of a script.
+
+    One of several processes that fails says why and ends at once: at a usual exit jax
+    would wait for the others, which wait for what this one was to send.
+    """
+    if not jax.distributed.is_initialized():
+        return work()
+    status = commandline.status_of(lambda: _one_of_several(work))
+    if status in (commandline.FAILURE, commandline.USAGE_ERROR):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def is_first() -> bool:
@@ -128,6 +172,11 @@ def agreed(value: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def wait() -> None:
+    """Return when all processes have come here."""
+    agreed(0)
 
 
 def require_same(what: str, value: Any) -> None:

@@ -262,6 +262,7 @@ def start(run: Run, batches: int | None, state: TrainState) -> TrainState:
     distributed.require_same("settings, base, data or training states", same)
     if distributed.is_first():
         _clean(run, batches)
+    distributed.wait()
     if distributed.agreed(not run.config.output.is_dir()):
         raise ValueError(
             f"output: {run.config.output} was made by the first process and is not "

@@ -54,15 +54,17 @@ def mesh_of(text: str, cfg: TransformerConfig) -> Mesh | None:
     Raises:
         UsageError: if there are fewer devices, or the heads cannot be divided.
     """
-    processes, devices = jax.process_count(), jax.device_count()
-    if not text and processes > 1:
+    if not text and not jax.distributed.is_initialized():
+        return None
+    if not text:
+        devices = jax.device_count()
         raise UsageError(
-            f"mesh: got none for {processes} processes, expected one of all their "
-            f"{devices} devices; for instance --mesh data={devices}"
+            f"mesh: got none for {jax.process_count()} processes, expected one of all "
+            f"their {devices} devices; for instance --mesh data={devices}"
         )
     try:
         parallel.check(text, cfg)
-        return parallel.make(text) if text else None
+        return parallel.make(text)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

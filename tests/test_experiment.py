@@ -13,6 +13,7 @@ import pytest
 from idlora_jax import commandline, experiment
 from idlora_jax.experiment import Optimizer, Strategy, TrainConfig
 from idlora_jax.sample_config import SampleConfig
+from idlora_jax.settings import UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILE = """
@@ -118,6 +119,11 @@ def test_a_value_of_another_type_or_choice_is_refused(file: str, capsys: Any):
         ("--mode", "full --optimizer.b-ratio 4", "there is no adapter"),
         ("--strategy.first-frame-p", "1.5", "0 to 1"),
         ("--heldout.sigmas", "0", "levels above 0"),
+        ("--mesh", "rows=2", "not 'rows=2'"),
+        ("--mesh", "data=0", "a whole number from 1"),
+        ("--mesh", "data=2,fsdp=2", "batch_size: got 1, expected a multiple of 4"),
+        ("--mesh", "guidance=2", "no guidance axis: training has no branches"),
+        ("--distributed.processes", "2", "together, or none of them"),
     ],
 )
 def test_a_value_out_of_range_is_refused(
@@ -125,6 +131,17 @@ def test_a_value_out_of_range_is_refused(
 ):
     message = refused(capsys, "--config", file, option, *value.split())
     assert expected in " ".join(message.replace("│", " ").split())
+
+
+def test_a_mesh_and_processes_are_settings(file: str):
+    got = parsed(
+        file, "--mesh", "data=2,fsdp=2,tensor=2", "--batch-size", "8",
+        "--distributed.coordinator", "node1:1234", "--distributed.processes", "2",
+        "--distributed.process", "1",
+    )  # fmt: skip
+    assert got.mesh == "data=2,fsdp=2,tensor=2"
+    assert (got.distributed.processes, got.distributed.process) == (2, 1)
+    assert parsed(file).distributed.coordinator is None
 
 
 def test_what_does_not_go_together_is_refused(file: str, capsys: Any):
@@ -236,6 +253,16 @@ def test_wrong_input_ends_in_one_message_and_status_1(capsys: Any):
     with pytest.raises(SystemExit) as caught:
         commandline.guarded(lambda: 143)
     assert caught.value.code == 143
+
+
+def test_settings_that_cannot_be_used_here_end_in_status_2(capsys: Any):
+    def fails() -> int:
+        raise UsageError("mesh: got 8 devices, expected at most 1")
+
+    with pytest.raises(SystemExit) as caught:
+        commandline.guarded(fails)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: mesh: got 8 devices, expected at most 1\n"
 
 
 def test_a_mistyped_option_answers_without_loading_jax(file: str):

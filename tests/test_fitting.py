@@ -20,6 +20,7 @@ from idlora_jax.config import AUDIO_TARGETS
 from idlora_jax.data import latents
 from idlora_jax.experiment import HeldOut, Lora, Optimizer, Strategy, TrainConfig
 from idlora_jax.presets import tiny_train
+from idlora_jax.settings import UsageError
 from idlora_jax.weights import io
 
 TEXT = (128, 48)
@@ -102,6 +103,21 @@ def test_text_to_video_needs_no_references(config: TrainConfig, tmp_path: pathli
         fitting.plan(dataclasses.replace(config, data=data))
     spec = Strategy(name="text_to_video")
     fitting.plan(dataclasses.replace(config, data=data, strategy=spec))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("data=2", "got data=2 = 2 devices, expected at most the 1 that there are"),
+        ("tensor=3", "tensor=3, but the transformer has 4 heads"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_weights_are_read(
+    no_weights: None, config: TrainConfig, mesh: str, message: str
+):
+    with pytest.raises(UsageError, match=message):
+        fitting.plan(dataclasses.replace(config, mesh=mesh))
+    assert not config.output.exists()
 
 
 @pytest.mark.parametrize(

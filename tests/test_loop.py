@@ -26,6 +26,7 @@ from idlora_jax import (
     states,
     training,
 )
+from idlora_jax.settings import Distributed
 from idlora_jax.strategies import Batch
 
 
@@ -300,6 +301,13 @@ def test_settings_that_may_differ_are_named(
     assert "base: saved with 'hash', now 'other'" in capsys.readouterr().out
     again = toy.run_in(tmp_path, **changed)  # saved with the new ones now
     train(runs.Run(again.config, again.meta, {"base": "other"}))
+
+
+def test_a_run_goes_on_with_another_mesh_and_other_processes(tmp_path: pathlib.Path):
+    train(toy.run_in(tmp_path))
+    where = Distributed("host:1", 2, 0)
+    changed = {"mesh": "tensor=2", "distributed": where, "resume": True}
+    assert runs.newest(toy.run_in(tmp_path, **changed)) == 6
 
 
 def test_a_name_of_no_setting_is_refused(tmp_path: pathlib.Path):
