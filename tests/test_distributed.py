@@ -135,20 +135,22 @@ def test_processes_that_do_not_come_are_told_in_one_line(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], pathlib.Path]:
-    """What two processes saw, and where they wrote."""
+def seen(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[list[Any], pathlib.Path, str]:
+    """What two processes saw, where they wrote, and how the first one ended."""
     folder, port = tmp_path_factory.mktemp("two"), free_port()
     script = str(ROOT / "tests" / "two_processes.py")
     both = [started([script, f"localhost:{port}", str(n), str(folder)]) for n in (0, 1)]
     with ended(*both):
         out = [process.communicate(timeout=300) for process in both]
-        assert [process.returncode for process in both] == [0, 0], out
-    return [json.loads(text.splitlines()[-1]) for text, _ in out], folder
+        assert [process.returncode for process in both] == [1, 0], out
+    return [json.loads(text.splitlines()[-1]) for text, _ in out], folder, out[0][1]
 
 
 @pytest.mark.slow
 def test_each_process_reads_the_rows_of_its_devices(seen):
-    found, _ = seen
+    found, _, _ = seen
     for name, own in (("data=2", ([0, 1], [2, 3])), ("tensor=2", ([0, 1, 2, 3],) * 2)):
         assert [f[name]["own"] for f in found] == [*own]
         assert [f[name]["held"] for f in found] == [*own]
@@ -170,15 +172,14 @@ def test_processes_agree_on_numbers_and_notice_where_they_differ(seen):
 
 @pytest.mark.slow
 def test_one_process_writes_and_both_save_in_parts(seen):
-    found, folder = seen
+    found, folder, _ = seen
     assert [f["trained"] for f in found] == [{"step": 6, "saved": 6}] * 2
     logs = [(folder / "toy" / name) for name in ("log.jsonl", "clips.jsonl")]
     assert [lines(log) for log in logs] == [6, 6]
     exported = sorted(path.name for path in (folder / "toy").glob("*.safetensors"))
     assert len(exported) == 2 * 3
-    assert (
-        len([*(folder / "toy" / "state" / "6" / "state").glob("ocdbt.process_*")]) == 2
-    )
+    state = folder / "toy" / "state" / "6" / "state"
+    assert len([*state.glob("ocdbt.process_*")]) == 2
 
 
 @pytest.mark.slow
@@ -192,6 +193,13 @@ def test_a_value_that_is_not_finite_on_one_process_stops_both_alike(seen):
 def test_hosts_without_a_common_folder_are_refused_on_all(seen):
     for found in seen[0]:
         assert "is not there on all, expected one folder" in found["alone"]
+
+
+@pytest.mark.slow
+def test_a_process_whose_partner_vanished_ends_with_one_line(seen):
+    (line,) = (text for text in seen[2].splitlines() if text.startswith("error: "))
+    assert line.startswith("error: process 0 of 2 had to end (")
+    assert line.endswith("see what the others say, and start all again with --resume")
 
 
 # The rest trains the tiny model by the script, as users do.

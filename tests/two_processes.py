@@ -1,11 +1,14 @@
 """One of two processes on one machine; its last line is what it saw, as JSON.
 
+The second one then vanishes.
+
 python tests/two_processes.py HOST:PORT NUMBER FOLDER
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,4 +113,7 @@ if __name__ == "__main__":
         runs.start(alone, None, None)
     except ValueError as error:
         found["alone"] = str(error)
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
+    if me:
+        os._exit(0)  # as if it crashed: the other waits for it
+    distributed.run(lambda: distributed.agreed(1))
