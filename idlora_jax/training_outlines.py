@@ -211,9 +211,11 @@ class Outline:
     def state(self) -> TrainState:
         """What training changes."""
 
+        tx = self.tx  # reads its schedule: not while something is traced
+
         def start(base: Tree) -> TrainState:
             made, frozen = fitting.trained(self.config, base)
-            return training.init(made, frozen, self.tx)
+            return training.init(made, frozen, tx)
 
         return jax.eval_shape(start, self.params["transformer"])
 

@@ -95,3 +95,19 @@ def test_a_branch_needs_what_the_larger_of_both_needs():
 def test_calls_are_looked_into():
     inner = jax.jit(lambda a: jax.checkpoint(lambda b: jnp.exp(b @ b))(a))
     assert needed(lambda a: inner(inner(a)), SQUARE) == 2 * SIZE
+
+
+def test_what_is_given_away_is_written_over():
+    def step(old, x):
+        product = x @ x
+        return old + jnp.tanh(product), product @ x
+
+    traced = jax.make_jaxpr(step)(SQUARE, SQUARE)
+    assert liveness.temporary(traced) == 3 * SIZE
+    # The sum takes the place of what was given away.
+    assert liveness.temporary(traced, donated=1) == 2 * SIZE
+
+
+def test_what_is_given_away_and_read_later_stays():
+    traced = jax.make_jaxpr(lambda old, x: (old + x @ x) @ old)(SQUARE, SQUARE)
+    assert liveness.temporary(traced, donated=1) == 2 * SIZE

@@ -60,6 +60,11 @@ def test_draws_depend_on_shapes_only():
     same(drawn(), drawn(batch=toy.batch(1, size=4)))
 
 
+def test_noise_levels_of_no_generation_are_refused():
+    with pytest.raises(ValueError, match=r"strategy\.sigma: got None"):
+        drawn(changed(sigma=None))
+
+
 @pytest.mark.parametrize("sigma", ["2.0", "2.3", "uniform"])
 def test_noise_levels_lie_between_0_and_1_and_differ_within_a_batch(sigma):
     levels = drawn(changed(sigma=sigma)).sigma.video
