@@ -110,6 +110,9 @@ def test_what_lasts_is_what_a_run_holds_to_the_byte(tiny_model, tmp_path):
     batch = latents.whole(bucket, connect)
     kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert kinds(run.state) == kinds(state)
+    kernel = lambda tree: tree["blocks"]["audio"]["self_attn"]["q"]["kernel"]
+    assert kernel(base).dtype == jnp.bfloat16
+    assert {x.dtype for x in kernel(adapter).values()} == {jnp.dtype("float32")}
     assert kinds(run.batch(3)) == kinds(batch)
     live = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     step = phases(run)["training step"]
