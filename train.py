@@ -38,11 +38,11 @@ def main() -> int:
 
 def train(config: TrainConfig) -> int:
     """Check the inputs, train; the status is 0, or 128 and what stopped it."""
-    from idlora_jax import distributed, fitting, training_memory
+    from idlora_jax import distributed, fitting, training_checks
 
     plan = fitting.plan(config)
     if distributed.is_first():
-        training_memory.announce(plan, functools.partial(print, file=sys.stderr))
+        training_checks.announce(plan, functools.partial(print, file=sys.stderr))
     result = fitting.fit(plan)
     if distributed.is_first():
         report(result)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 import jax
 
 from idlora_jax import (
-    axes,
     experiment,
     fitting,
     flops,
@@ -27,6 +26,7 @@ from idlora_jax import (
     memory,
     norms,
     quantized,
+    training_checks,
     training_memory,
     training_outlines,
 )
@@ -39,6 +39,7 @@ from idlora_jax.memory import Device
 from idlora_jax.phases import GB
 from idlora_jax.training_outlines import Nets, Outline
 from idlora_jax.types import Tree
+from idlora_jax.validation import Planned
 from idlora_jax.weights import networks
 
 HOUR = 3600.0
@@ -54,6 +55,7 @@ class Seen:
         most: bytes that it has; None: nothing tells.
         clips: (to train on, held out); None: there is no data.
         notes: what was not there, and what stands in for it.
+        samples: what is sampled on the way, where all is there.
     """
 
     outline: Outline
@@ -61,6 +63,7 @@ class Seen:
     most: int | None
     clips: tuple[Sequence[Clip], Sequence[Clip]] | None
     notes: tuple[str, ...] = ()
+    samples: Planned | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -84,11 +87,12 @@ def _device(config: TrainConfig) -> tuple[Device, int | None, list[str]]:
     elif platform == here:
         most = memory.limit()
     if platform != here:
+        missing = "" if most else "; --assume.memory-gb says what it has"
         notes.append(
             f"memory is planned for a {platform}, which is not here: attention counts "
-            f"as on this {here}, and nothing says what there is (--assume.memory-gb)"
+            f"as on this {here}{missing}"
         )
-    return Device(platform, axes.parse(config.mesh)), most, notes
+    return training_memory.device_of(config, platform), most, notes
 
 
 def _stand_in(config: TrainConfig) -> tuple[Nets, str]:
@@ -135,10 +139,8 @@ def look(config: TrainConfig) -> Seen:
     clips = None
     if data:
         train, held = _clips(config, fit)
-        clips, largest = (
-            (train.clips, held.clips),
-            training_outlines.of_collection(train),
-        )
+        clips = train.clips, held.clips
+        largest = training_outlines.of_collection(train)
     else:
         a, folders = config.assume, fitting.folders(config.strategy)
         largest = training_outlines.assumed(a, folders, nets)
@@ -147,9 +149,10 @@ def look(config: TrainConfig) -> Seen:
             f"of {a.width} x {a.height} at {a.fps:g} fps and references of "
             f"{a.reference_s:g} s (--assume.frames and the like)"
         )
-    outline = training_outlines.of(config, nets, largest, axes.parts(device.mesh))
+    outline = training_outlines.of(config, nets, largest)
     fitting.check_targets(config, outline.params["transformer"])
-    return Seen(outline, device, most, clips, (*notes, *said))
+    samples = None if fit is None else fit.samples
+    return Seen(outline, device, most, clips, (*notes, *said), samples)
 
 
 def _table(title: str, rows: Mapping[str, str]) -> str:
@@ -298,12 +301,13 @@ def reports(config: TrainConfig) -> Iterator[str]:
     yield "\n".join([first, *(f"  {note}" for note in seen.notes)])
     yield data(seen)
     yield parameters(seen)
-    found = training_memory.of(seen.outline, seen.device)
+    planned = seen.samples
+    found = training_memory.of(seen.outline, seen.device, planned)
     yield found.table()
     yield steps(seen)
     kind = None if config.assume.memory_gb is None else "the assumed device"
-    most, device = seen.most, seen.device
-    line = training_memory.check(seen.outline, found, device, most, kind)
+    args, most = (seen.outline, found, seen.device), seen.most
+    line = training_checks.check(*args, most, kind=kind, planned=planned)
     if line is not None:
         yield f"warning: {line}"
     elif most is not None:

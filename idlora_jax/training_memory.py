@@ -1,7 +1,6 @@
 """What a training run needs of a device, before anything is put there.
 
     of(outline) -> MemoryPlan       from shapes and traced functions alone
-    check(outline, plan)            raises if it does not fit, and says what would help
 
 Weights, adapter, optimizer and gradients are exact. What a step and the held-out
 evaluation need for their own work is estimated from their traced operations
@@ -17,22 +16,25 @@ clips. Its work is that of whole widths: `tensor` makes it less than estimated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, NamedSharding
 
-from idlora_jax import axes, geometry, liveness, memory, shares, training_outlines
+from idlora_jax import axes, geometry, jobs, liveness, memory, shares
 from idlora_jax.experiment import TrainConfig
-from idlora_jax.fitting import Fit
 from idlora_jax.memory import Device
-from idlora_jax.phases import GB, MemoryPlan, Phase
-from idlora_jax.training_outlines import Outline, of_collection
+from idlora_jax.phases import MemoryPlan, Phase
+from idlora_jax.training_outlines import Outline
+from idlora_jax.validation import Planned
 
 Rows = list[tuple[str, int]]
-Change = dict[str, Any]
+
+
+def device_of(config: TrainConfig, platform: str = "gpu") -> Device:
+    """One of the devices of a run."""
+    return Device(platform, axes.parse(config.mesh))
 
 
 def _part(tree: Any, device: Device) -> int:
@@ -69,6 +71,15 @@ def _state(outline: Outline, device: Device) -> Rows:
     return [(name, own), ("optimizer", moments), ("average", average), (sums, waiting)]
 
 
+def _held(outline: Outline) -> int:
+    """The clips of the evaluation, their noise, and predictions without the adapter."""
+    if outline.evaluation is None:
+        return 0
+    batch, made = outline.batch(outline.held), outline.evaluation.jaxpr.outvars
+    noise = sum(liveness.nbytes(x) for x in jax.tree.leaves(outline.noise))
+    return memory.size(batch) + noise + sum(liveness.nbytes(v.aval) for v in made)
+
+
 def _between(outline: Outline, device: Device) -> Rows:
     """All that is there between steps."""
     config, base = outline.config, dict(_base(outline, device))
@@ -77,8 +88,7 @@ def _between(outline: Outline, device: Device) -> Rows:
         del base["transformer"]
     else:
         copies = device.widened(outline.frozen, "blocks")
-    held = memory.size(outline.batch(outline.held)) if config.heldout.clips else 0
-    more = ("float32 copies", copies), ("held-out clips", held)
+    more = ("float32 copies", copies), ("held-out clips", _held(outline))
     return [*base.items(), *_state(outline, device), *more]
 
 
@@ -122,6 +132,23 @@ def _save(outline: Outline, device: Device, rows: Rows) -> Phase:
     return _phase("save", rows, work)
 
 
+def _samples(planned: Planned, device: Device, rows: Rows) -> Phase:
+    """The part of sampling that needs most, beside what training holds."""
+    one = Device(device.platform)
+
+    def plans() -> Iterator[MemoryPlan]:
+        for config in planned.configs:
+            job, inputs = jobs.read(config, planned.found)
+            yield memory.for_job(job, inputs, device=one, encodes=False)
+
+    phases = (phase for plan in plans() for phase in plan.phases)
+    most = max(phases, key=lambda phase: phase.total)
+    held = dict(rows)
+    adapter = "adapter, scaled", held.get("adapter", 0)
+    every = [*{**dict(most.resident), **held}.items(), adapter]
+    return _phase("samples", every, most.temporary)
+
+
 def _title(outline: Outline, device: Device) -> str:
     config = outline.config
     frames, height, width, _ = outline.clips.like.video.shape
@@ -135,133 +162,23 @@ def _title(outline: Outline, device: Device) -> str:
     )
 
 
-def of(outline: Outline, device: Device | None = None) -> MemoryPlan:
+def of(
+    outline: Outline, device: Device | None = None, planned: Planned | None = None
+) -> MemoryPlan:
     """The memory plan of a training run; nothing is allocated.
 
     Args:
-        outline: the run, for as many `parts` as the device's mesh has.
-        device: what runs it (default: a GPU).
+        outline: the run.
+        device: what runs it (default: a GPU, as many as the run's mesh has).
+        planned: what is sampled on the way.
     """
-    device = device or Device()
+    device = device or device_of(outline.config)
     rows = _between(outline, device)
     phases = [_load(outline, device), _step(outline, device, rows)]
     if outline.evaluation is not None:
         work = liveness.temporary(outline.evaluation)
         phases.append(_phase("held-out loss", rows, work))
+    if planned is not None:
+        phases.append(_samples(planned, device, rows))
     phases.append(_save(outline, device, rows))
     return MemoryPlan(_title(outline, device), tuple(phases))
-
-
-def _named(changes: Change) -> str:
-    """Settings as the command line takes them."""
-    return " ".join(f"--{name.replace('_', '-')} {v}" for name, v in changes.items())
-
-
-def _applied(config: TrainConfig, changes: Change) -> TrainConfig:
-    """`{"optimizer.name": "lion"}` in place of what the settings say."""
-    for name, value in changes.items():
-        first, _, rest = name.partition(".")
-        inner = replace(getattr(config, first), **{rest: value}) if rest else value
-        config = replace(config, **{first: inner})
-    return config
-
-
-def _groups(outline: Outline) -> Iterator[list[Change]]:
-    """Settings that need less; each list from the least change on."""
-    config = outline.config
-    policies = ("none", "selective", "full")
-    lighter = policies[policies.index(config.remat) + 1 :]
-    yield [{"remat": policy} for policy in lighter]
-    if config.optimizer.name == "adamw":
-        yield [{"optimizer.name": "adamw8bit"}]
-    if config.mode == "lora" and config.fp8 == "upcast" and outline.narrow:
-        yield [{"fp8": "keep"}]
-    size, times = config.batch_size, config.optimizer.accumulation
-    smaller = [n for n in range(size - 1, 0, -1) if size % n == 0]
-    yield [
-        {"batch_size": n, "optimizer.accumulation": times * size // n}
-        for n in smaller
-        if n % outline.parts == 0
-    ]
-    if config.heldout.clips > 1:
-        yield [{"heldout.clips": 1}]
-
-
-def helps(outline: Outline, device: Device, most: int) -> list[str]:
-    """The settings each of which would make a run fit, and what it would need then.
-
-    Where none does alone, all of them together are tried.
-
-    Args:
-        outline: the run, which does not fit.
-        device: what runs it.
-        most: its bytes.
-    """
-
-    def needs(changes: Change) -> int:
-        other = outline.other(_applied(outline.config, changes))
-        return of(other, device).peak.total
-
-    said: list[str] = []
-    groups = [group for group in _groups(outline) if group]
-    for group in groups:
-        sizes = ((changes, needs(changes)) for changes in group)
-        fits = next(((c, n) for c, n in sizes if n <= most), None)
-        said += [f"{_named(fits[0])} ({fits[1] / GB:.2f} GB)"] if fits else []
-    if not said and len(groups) > 1:
-        every = {name: v for group in groups for name, v in group[-1].items()}
-        peak = needs(every)
-        said = [f"{_named(every)} ({peak / GB:.2f} GB)"] if peak <= most else []
-    return said
-
-
-def check(
-    outline: Outline,
-    found: MemoryPlan,
-    device: Device,
-    most: int | None,
-    kind: str | None = None,
-) -> str | None:
-    """What is to be said of a run that does not fit; None if it does.
-
-    Args:
-        outline: the run; its setting `memory` says what happens.
-        found: its plan.
-        device: what runs it.
-        most: its bytes, or None.
-        kind: what it is called (default: as the first device is).
-
-    Raises:
-        ValueError: if it does not fit, and `memory` is "check": what is needed, what
-            there is, and which settings help.
-    """
-
-    def others(most: int) -> Iterator[str]:
-        if kind is None:
-            yield from memory.held_back(device, found, most)
-        yield from helps(outline, device, most)
-
-    return memory.verdict(found, most, outline.config.memory, others, kind)
-
-
-def announce(fit: Fit, say: Callable[[str], Any]) -> None:
-    """Print the plan of a run and check it, before anything is on a device.
-
-    Args:
-        fit: from `fitting.plan`; its setting `memory` "off" leaves all of it away.
-        say: takes lines for the user.
-
-    Raises:
-        ValueError: see `check`.
-    """
-    config = fit.run.config
-    if config.memory == "off":
-        return
-    device = Device(jax.default_backend(), axes.parse(config.mesh))
-    largest = of_collection(fit.clips)
-    outline = training_outlines.of(config, fit.nets, largest, axes.parts(device.mesh))
-    found = of(outline, device)
-    say(found.table())
-    line = check(outline, found, device, memory.limit())
-    if line is not None:
-        say(f"warning: {line}")

@@ -24,6 +24,7 @@ import optax
 from jax import ShapeDtypeStruct as Shape
 
 from idlora_jax import (
+    axes,
     config,
     evaluation,
     fitting,
@@ -181,14 +182,17 @@ class Outline:
         nets: what the networks are.
         params: shapes of "transformer" and "text_connector" as they are loaded.
         clips: the largest ones.
-        parts: over how many devices the samples of a batch are divided.
     """
 
     config: TrainConfig
     nets: Nets | Networks
     params: Mapping[str, Tree]
     clips: Clips
-    parts: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Over how many devices the clips of a batch are divided."""
+        return axes.parts(axes.parse(self.config.mesh))
 
     @functools.cached_property
     def task(self) -> training.Task:
@@ -290,14 +294,19 @@ class Outline:
         count = self.config.heldout.clips
         return count if count % self.parts else count // self.parts
 
+    @property
+    def noise(self) -> AV:
+        """Of these clips."""
+        batch, spec = self.batch(self.held), self.config.strategy
+        draw = lambda key: strategies.draw(key, batch, spec).noise
+        return jax.eval_shape(draw, jax.random.key(0))
+
     @functools.cached_property
     def evaluation(self) -> Any:
         """The fixed evaluation as a jaxpr, or None."""
         if not self.config.heldout.clips:
             return None
-        batch, spec = self.batch(self.held), self.config.strategy
-        draw = lambda key: strategies.draw(key, batch, spec).noise
-        noise = jax.eval_shape(draw, jax.random.key(0))
+        batch, noise = self.batch(self.held), self.noise
         levels = Shape((len(self.config.heldout.sigmas),), np.dtype(np.float32))
         run = evaluation.make_evaluate(self.task).velocities
         args = self.state.adapter, self.frozen, batch, levels, noise
@@ -305,19 +314,16 @@ class Outline:
 
     def other(self, config: TrainConfig) -> Outline:
         """The run with other settings."""
-        return of(config, self.nets, self.clips, self.parts)
+        return of(config, self.nets, self.clips)
 
 
-def of(
-    config: TrainConfig, nets: Nets | Networks, clips: Clips, parts: int = 1
-) -> Outline:
+def of(config: TrainConfig, nets: Nets | Networks, clips: Clips) -> Outline:
     """A run in shapes.
 
     Args:
         config: its settings, for the base's generation.
         nets: what the networks are.
         clips: the largest ones.
-        parts: over how many devices the samples of a batch are divided.
 
     Raises:
         ValueError: if the base is there, and unreadable or incomplete.
@@ -329,4 +335,4 @@ def of(
         )
     else:
         params = built_in(nets.generation, dtype, choice)[1]
-    return Outline(config, nets, params, clips, parts)
+    return Outline(config, nets, params, clips)

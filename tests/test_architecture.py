@@ -24,6 +24,7 @@ LEVELS = (
     "prompts prompt_cache plans as_trained codecs starts pipeline continuation "
     "previews outlines phases memory trajectories jobs finished batches outputs "
     "sampling sessions validation heldout fitting training_outlines training_memory "
+    "training_checks "
     "dry_run data.*",
     "tiny demo",
 )

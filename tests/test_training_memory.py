@@ -22,6 +22,7 @@ from idlora_jax import (
     memory,
     prompts,
     training,
+    training_checks,
     training_memory,
     training_outlines,
 )
@@ -91,10 +92,11 @@ def test_what_lasts_is_what_a_run_holds_to_the_byte(tiny_model, tmp_path):
         optimizer=Optimizer(name="adamw8bit", accumulation=2),
         heldout=HeldOut(clips=1),
         dtype="bfloat16",
+        batch_size=3,
     )
     fit = fitting.plan(settings)
     settings = fit.run.config
-    clips = training_outlines.of_index(fit.clips)
+    clips = training_outlines.of_collection(fit.clips)
     run = training_outlines.of(settings, fit.nets, clips)
     names, dtype = training_outlines.NAMES, jnp.dtype(settings.dtype)
     _, params = networks.load(settings.base, names, dtype=dtype)
@@ -104,10 +106,14 @@ def test_what_lasts_is_what_a_run_holds_to_the_byte(tiny_model, tmp_path):
     def connect(features: Any, mask: Any) -> Any:
         return prompts.prompts(fit.nets, params, features, mask)
 
-    batch = latents.batches(fit.clips, connect, settings.batch_size)(0)
+    (bucket,) = fit.clips.buckets
+    batch = latents.whole(bucket, connect)
     kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert kinds(run.state) == kinds(state)
-    assert kinds(run.batch(settings.batch_size)) == kinds(batch)
+    kernel = lambda tree: tree["blocks"]["audio"]["self_attn"]["q"]["kernel"]
+    assert kernel(base).dtype == jnp.bfloat16
+    assert {x.dtype for x in kernel(adapter).values()} == {jnp.dtype("float32")}
+    assert kinds(run.batch(3)) == kinds(batch)
     live = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     step = phases(run)["training step"]
     want = {name.replace("_", " "): live(params[name]) for name in names}
@@ -128,14 +134,15 @@ def test_full_fine_tuning_holds_the_trained_copy_and_no_frozen_one(tiny_model):
     assert found["load"]["work"] == trained
 
 
-def test_a_mesh_divides_clips_and_weights(tiny_model):
-    run = outline(tiny_model, batch_size=4)
-    device = Device(mesh={"data": 2, "tensor": 2})
-    shared = dataclasses.replace(run, parts=2)
-    one, four = phases(run)["training step"], phases(shared, device)["training step"]
-    assert four["transformer"] < 0.7 * one["transformer"]
+def test_a_mesh_divides_clips_weights_and_state(tiny_model):
+    one = phases(outline(tiny_model, batch_size=4))["training step"]
+    run = outline(tiny_model, batch_size=4, mesh="fsdp=2,tensor=2")
+    four = phases(run)["training step"]
+    assert four["transformer"] < 0.5 * one["transformer"]
     assert four["batch"] == one["batch"] // 2
     assert four["work"] < 0.7 * one["work"]
+    for name in ("adapter", "gradients", "optimizer"):
+        assert 0.2 * one[name] < four[name] < 0.7 * one[name]
 
 
 def test_a_cpu_also_holds_what_its_scans_and_saves_copy(tiny_model):
@@ -174,9 +181,9 @@ def test_too_little_memory_is_an_error_that_names_what_helps(policies):
     run, device = policies["selective"], Device("tpu")
     found = training_memory.of(run, device)
     most = found.peak.total - 1
-    assert training_memory.check(run, found, device, most + 1) is None
+    assert training_checks.check(run, found, device, most + 1) is None
     with pytest.raises(ValueError, match="'training step' needs about") as error:
-        training_memory.check(run, found, device, most, "a card")
+        training_checks.check(run, found, device, most)
     offers = named(str(error.value))
     assert [offer.partition(" (")[0] for offer in offers] == [
         "--remat full",
@@ -188,12 +195,21 @@ def test_too_little_memory_is_an_error_that_names_what_helps(policies):
     assert needs <= most and size == f"{needs / 1e9:.2f} GB)"
 
 
+def test_more_devices_are_offered_where_there_are_some(tiny_model):
+    lion = Optimizer(name="lion", betas=(0.9, 0.99))
+    run = outline(tiny_model, optimizer=lion, batch_size=1)
+    most = training_memory.of(run).peak.total - 1
+    offers = training_checks.helps(run, "tpu", most, devices=3)
+    assert [offer.partition(" (")[0] for offer in offers] == ["--mesh tensor=2"]
+    assert training_checks.helps(run, "tpu", most) == []
+
+
 def test_settings_that_do_not_help_alone_are_offered_together(policies):
     run, device = policies["selective"], Device("tpu")
     every = "--remat full --optimizer.name adamw8bit --batch-size 1 "
     every += "--optimizer.accumulation 2"
     most = training_memory.of(changed(run, every), device).peak.total
-    offers = training_memory.helps(run, device, most)
+    offers = training_checks.helps(run, "tpu", most)
     assert [offer.partition(" (")[0] for offer in offers] == [every]
 
 
@@ -203,7 +219,7 @@ def test_a_base_in_8_bits_may_stay_so(tiny_model, tmp_path):
     base = eight_bits.write(tmp_path / "base.safetensors", scaled, said)
     run, device = outline((base,), batch_size=1), Device()
     most = training_memory.of(run, device).peak.total - 1
-    assert any("--fp8 keep" in x for x in training_memory.helps(run, device, most))
+    assert any("--fp8 keep" in x for x in training_checks.helps(run, "tpu", most))
 
 
 def test_the_plan_of_a_run_is_said_before_weights_are_read(tiny_model, tmp_path):
@@ -212,10 +228,10 @@ def test_the_plan_of_a_run_is_said_before_weights_are_read(tiny_model, tmp_path)
         tiny_train(), base=tiny_model[0], data=clips, output=tmp_path / "out"
     )
     said: list[str] = []
-    training_memory.announce(fitting.plan(settings), said.append)
+    training_checks.announce(fitting.plan(settings), said.append)
     assert len(said) == 1 and said[0].startswith("memory plan in GB: training, batch 2")
     off = dataclasses.replace(settings, memory="off")
-    training_memory.announce(fitting.plan(off), said.append)
+    training_checks.announce(fitting.plan(off), said.append)
     assert len(said) == 1 and not settings.output.exists()
 
 
