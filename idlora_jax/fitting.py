@@ -316,7 +316,7 @@ def fit(plan: Fit, say: Say = print) -> Result:
     tx = make(config.optimizer, config.steps, ema=config.ema)
     state = runs.start(plan.run, plan.resumed, training.init(adapter, base, tx))
     task = task_of(plan)
-    evaluate = heldout.losses(config, plan.held, task, adapter, base, connect)
+    evaluate = heldout.losses(config, plan.held, task, state.adapter, base, connect)
     before = evaluate(state)
     seen = int(state.step)
     say(

@@ -235,7 +235,9 @@ def start(run: Run, batches: int | None, state: TrainState) -> TrainState:
     _cut(run.log, "step", last)
     _cut(run.order, "batch", batches or 0)
     if batches is None:
-        return state
+        # Held to its devices, as one that was read back is: both compile to the same,
+        # which a persistent cache then has.
+        return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
     state = states.restore(run.states, batches, state)
     for path, tree, about in exports(run, state):
         if not path.exists():
