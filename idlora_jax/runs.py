@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from idlora_jax import (
     adapters,
     checkpoints,
@@ -270,7 +272,9 @@ def start(run: Run, batches: int | None, state: TrainState) -> TrainState:
             "shared file system"
         )
     if batches is None:
-        return state
+        # Held to its devices, as one that was read back is: both compile to the same,
+        # which a persistent cache then has.
+        return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
     state = states.restore(run.states, batches, state)
     for path, tree, about in exports(run, state):
         if distributed.agreed(not path.exists()):

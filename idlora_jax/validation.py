@@ -309,7 +309,9 @@ class Sampler:
     def _clips(self, now: Now) -> Iterator[Sampled]:
         run, trained = self.planned.run, now.tree
         if run.config.mode == "lora":
-            scaled = adapters.scale(trained, run.config.lora.factor)
+            # On the host, as a file would give it: so that sampling compiles to what
+            # `sample.py` compiles to, however training holds its state.
+            scaled = jax.device_get(adapters.scale(trained, run.config.lora.factor))
             about = replace(now.about, content_hash=checkpoints.content_hash(scaled))
             now = now._replace(tree=scaled, about=about)
         configs = _with(now, self.planned.configs, run)

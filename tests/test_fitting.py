@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from train_script import ROOT, command, environment, wait_for_line
 
-from idlora_jax import checkpoints, fitting, runs, states, strategies
+from idlora_jax import checkpoints, fitting, heldout, runs, states, strategies
 from idlora_jax.config import AUDIO_TARGETS
 from idlora_jax.data import latents
 from idlora_jax.experiment import HeldOut, Lora, Optimizer, Strategy, TrainConfig
 from idlora_jax.presets import tiny_train
 from idlora_jax.settings import UsageError
+from idlora_jax.types import Prompt
 from idlora_jax.weights import io
 
 TEXT = (128, 48)
@@ -196,6 +197,33 @@ def test_train_py_says_what_is_wrong_in_one_line(
     assert "Traceback" not in done.stderr
 
 
+def test_the_held_out_batch_follows_from_data_heldout_and_strategy_alone(
+    config: TrainConfig,
+):
+    def fixed(**changes: Any) -> Any:
+        made = dataclasses.replace(config, **changes)
+        connect = lambda features, mask: Prompt(features.video, features.audio)
+        return heldout.fixed(made, fitting.plan(made).held, connect)
+
+    want = fixed()
+    free = {"batch_size": 1, "seed": 9, "steps": 99, "lora": Lora(rank=2, seed=4)}
+    free |= {"optimizer": Optimizer(accumulation=2), "resume": True}
+    jax.tree.map(np.testing.assert_array_equal, fixed(**free), want)
+    ((batch, noise),), ((same, other),) = fixed(heldout=HeldOut(seed=1)), want
+    jax.tree.map(np.testing.assert_array_equal, batch, same)
+    assert np.abs(noise.audio - other.audio).mean() > 0.5
+
+
+def test_the_held_out_loss_is_told_with_what_the_adapter_does():
+    numbers = {"loss": 2.0, "video_loss": 0.5, "audio_loss": 1.5, "ema_loss": 3.0}
+    numbers |= {"adapter_effect_video": 0.012, "ema_adapter_effect_video": 9.0}
+    line = heldout.told("after", numbers)
+    assert line == (
+        "held-out after: loss 2.00000, video loss 0.50000, audio loss 1.50000, ema "
+        "loss 3.00000, the adapter changes video by 1.2%"
+    )
+
+
 @pytest.mark.slow
 def test_held_out_losses_are_given_before_and_after(config: TrainConfig):
     lines: list[str] = []
@@ -239,5 +267,10 @@ def test_the_whole_transformer_is_trained_exported_and_read_again(config: TrainC
         found,
         result.state.adapter,
     )
+    # Clips are sampled with what `sample.py` would read of that file.
+    plan = fitting.plan(dataclasses.replace(full, resume=True))
+    shapes = jax.eval_shape(lambda: old)
+    served = fitting.served(plan, shapes, {})(result.state.adapter)
+    jax.tree.map(np.testing.assert_array_equal, served, found)
     with pytest.raises(ValueError, match="add --resume"):
         fitting.plan(full)

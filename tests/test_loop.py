@@ -22,6 +22,7 @@ from idlora_jax import (
     experiment,
     loop,
     optimizers,
+    records,
     runs,
     states,
     training,
@@ -184,6 +185,93 @@ def test_the_state_of_the_lowest_held_out_loss_stays_too(tmp_path: pathlib.Path)
     run = toy.run_in(tmp_path, save_every=1, keep=1)
     train(run, hooks=hooks)
     assert sorted(int(p.name) for p in run.states.iterdir()) == [2, 6]
+
+
+def sampling(run: runs.Run, clips: Any = ("a", "b")) -> Any:
+    """A hook that gives these clips after every other step, and what it was asked."""
+    asked: list[int] = []
+
+    def sample(updates: int, state: Any) -> Any:
+        assert int(state.step) == updates * run.accumulation
+        if updates % 2 == 0:
+            for name in clips:
+                asked.append(updates)
+                yield records.Sampled(f"samples/{name}", message="full" * (name == "b"))
+
+    return sample, asked
+
+
+def test_clips_are_sampled_before_the_first_step_and_after_others(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    run = toy.run_in(tmp_path)
+    sample, asked = sampling(run)
+    state, _ = train(run, hooks=loop.Hooks(sample=sample))
+    assert asked == [0, 0, 2, 2, 4, 4, 6, 6]
+    told = [row for row in rows(run) if "samples/written" in row]
+    assert [row["step"] for row in told] == [0, 2, 4, 6]
+    assert {(row["samples/written"], row["samples/failed"]) for row in told} == {(1, 1)}
+    assert capsys.readouterr().err.count("warning: samples/b: full") == 4
+    # What fails and what is shown changes nothing in training.
+    same(state, train(toy.run_in(tmp_path / "straight"))[0])
+
+
+def test_a_signal_is_heeded_after_the_clip_in_hand(tmp_path: pathlib.Path):
+    run = toy.run_in(tmp_path)
+
+    def sample(updates: int, state: Any) -> Any:
+        for name in "abc" if updates == 2 else "":
+            if name == "b":
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield records.Sampled(f"samples/{name}")
+
+    state, stopped = train(run, hooks=loop.Hooks(sample=sample))
+    assert (int(state.step), stopped) == (2, signal.SIGTERM)
+    (told,) = [row for row in rows(run) if "samples/written" in row]
+    assert told["samples/written"] == 2
+    assert states.latest(run.states) == 2
+
+
+def test_clips_that_were_there_at_the_start_are_not_logged_again(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    shown: list[tuple[int, str]] = []
+    monkeypatch.setattr(
+        records.Records, "show", lambda _, step, clip: shown.append((step, clip.name))
+    )
+    train(toy.run_in(tmp_path), stopping_at(4))
+
+    def sample(updates: int, state: Any) -> Any:
+        # One was there at the state that is gone on from, one came after it.
+        yield records.Sampled("old", new=False)
+        yield records.Sampled("new")
+
+    train(toy.run_in(tmp_path, resume=True), hooks=loop.Hooks(sample=sample))
+    assert shown == [(5, "new"), (6, "old"), (6, "new")]
+
+
+def test_a_disk_that_is_full_of_clips_ends_the_run_with_its_state_saved(
+    tmp_path: pathlib.Path,
+):
+    def sample(updates: int, state: Any) -> Any:
+        if updates == 4:
+            raise OSError(28, "No space left on device")
+        yield from ()
+
+    run = toy.run_in(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        train(run, hooks=loop.Hooks(sample=sample))
+    assert states.latest(run.states) == 4
+
+
+def test_the_loss_before_the_first_step_is_logged_once(tmp_path: pathlib.Path):
+    hooks = loop.Hooks(validate=lambda updates, _: {"loss": 1.0 + updates})
+    run = toy.run_in(tmp_path)
+    run.log.write_text('{"step": 0, "heldout/loss": 9.0}\n{"step": 1}\n')
+    train(run, stopping_at(2), hooks)
+    train(toy.run_in(tmp_path, resume=True), hooks=hooks)
+    losses = [row["heldout/loss"] for row in rows(run) if "heldout/loss" in row]
+    assert losses == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 
 
 def test_an_adapter_that_a_kill_kept_from_being_exported_is_at_the_next_start(

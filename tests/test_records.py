@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import struct
@@ -10,10 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
 import toy_training as toy
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from idlora_jax import norms, records
+from idlora_jax import media, norms, records
+from idlora_jax.records import Sampled
 
 
 def read(path: pathlib.Path) -> list[Any]:
@@ -53,6 +57,52 @@ def test_a_run_that_goes_on_voids_what_came_after_its_state(tmp_path: pathlib.Pa
     assert starts == [5]
     found = [scalars(events) for events in files]
     assert {step for one in found for step, _ in one} == {1, 5}
+
+
+def test_what_was_before_the_first_step_is_voided_by_a_new_start(
+    tmp_path: pathlib.Path,
+):
+    config = toy.run_in(tmp_path).config
+    for _ in range(2):
+        with records.opened(config, tmp_path / "log.jsonl", 0) as out:
+            out.write(0, {"heldout/loss": 1.0})
+    files = [read(path) for path in sorted((tmp_path / records.FOLDER).iterdir())]
+    # An event of this kind drops what came at its step and after, in earlier files.
+    starts = [[e.step for e in events if e.session_log.status] for events in files]
+    assert starts == [[], [0]]
+
+
+def test_tensorboard_gets_the_sheet_and_the_sound_of_a_clip(tmp_path: pathlib.Path):
+    rng = np.random.default_rng(0)
+    sheet = rng.integers(0, 255, (20, 30, 3), np.uint8)
+    wave = rng.uniform(-0.5, 0.5, (2, 2400)).astype(np.float32)
+    files = {kind: tmp_path / f"anna.{kind}" for kind in ("png", "wav", "mp4")}
+    media.write_png(files["png"], sheet)
+    media.write_wav(files["wav"], wave, 24000)
+    files["mp4"].write_bytes(b"stays here")
+    log = tmp_path / "log.jsonl"
+    with records.opened(toy.run_in(tmp_path).config, log, 0) as out:
+        out.show(7, Sampled("samples/anna", files))
+        out.show(7, Sampled("samples/mute", {"png": files["png"]}))
+    assert not log.exists()
+    (path,) = (tmp_path / records.FOLDER).iterdir()
+    found = {
+        value.tag: (event.step, value)
+        for event in read(path)
+        for value in event.summary.value
+    }
+    assert set(found) == {
+        "samples/anna/sheet", "samples/anna/sound", "samples/mute/sheet"
+    }  # fmt: skip
+    step, value = found["samples/anna/sheet"]
+    shown = np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string)))
+    assert step == 7
+    np.testing.assert_array_equal(shown, sheet)
+    audio = found["samples/anna/sound"][1].audio
+    heard, rate = soundfile.read(io.BytesIO(audio.encoded_audio_string))
+    assert (rate, audio.num_channels, audio.length_frames) == (24000, 2, 2400)
+    np.testing.assert_allclose(heard.T, wave, atol=1e-4)
+    assert b"stays here" not in path.read_bytes()
 
 
 def test_without_tensorboard_there_is_no_folder(tmp_path: pathlib.Path):
