@@ -2,9 +2,9 @@
 
 Origin: the settings of `celebvhq_19b`, with a batch of 16 clips instead of 4 and, since
 a step sees four times as many, a quarter of the steps: not a published recipe.
-Hardware: 2 hosts of 8 devices (any number of hosts with 16 devices together). The memory
-plan of `--dry-run` says 18 GB a device: 9.5 of them the device's share of the base, 3 an
-estimate of what a step needs. Not run by us at this size: no expected loss.
+Hardware: 18 GB of each device's memory by the plan of --dry-run, 9.5 of them its share
+of the base, on 2 hosts of 8 devices (or any hosts with 16 together). Not run by us at
+this size: no expected loss.
 
     srun --nodes 2 --ntasks-per-node 1 python train.py --config configs/multi_host.py \
         --base ltx-2-19b-dev.safetensors --data latents/ --output outputs/many
