@@ -173,7 +173,7 @@ def test_the_commands_pass_the_choice_on(command: str, monkeypatch: Any):
     object.__setattr__(job, "run", types.SimpleNamespace(config=config))
     nets = object.__new__(networks.Networks)
     object.__setattr__(nets, "upsampler", None)
-    object.__setattr__(nets, "transformer", None)
+    object.__setattr__(nets, "transformer", small.config("2.0"))
     object.__setattr__(job, "nets", nets)
     with pytest.raises(InterruptedError, match="keep"):
         if command == "train":
