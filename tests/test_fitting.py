@@ -203,7 +203,8 @@ def test_the_held_out_batch_follows_from_data_heldout_and_strategy_alone(
     def fixed(**changes: Any) -> Any:
         made = dataclasses.replace(config, **changes)
         connect = lambda features, mask: Prompt(features.video, features.audio)
-        return heldout.fixed(made, fitting.plan(made).held, connect)
+        plan = fitting.plan(made)
+        return heldout.fixed(plan.run.config, plan.held, connect)
 
     want = fixed()
     free = {"batch_size": 1, "seed": 9, "steps": 99, "lora": Lora(rank=2, seed=4)}

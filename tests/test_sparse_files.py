@@ -12,9 +12,9 @@ INDEX = json.loads((sparse_files.MANIFESTS / "index.json").read_text("utf-8"))
 
 @pytest.mark.parametrize("name", sparse_files.NAMES)
 def test_a_file_has_its_full_size_and_costs_only_its_header(name, tmp_path):
-    start = time.process_time()
+    start = time.thread_time()
     path = sparse_files.write(tmp_path / "x.safetensors", name)
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
     stat, facts = path.stat(), INDEX[name]
     assert stat.st_size > facts["data_bytes"] and stat.st_blocks * 512 < 3e6
     with safe_open(path, framework="numpy") as file:

@@ -34,9 +34,9 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", sparse_files.NAMES)
 def test_every_published_file_is_known_by_its_header(name, tmp_path):
     path = sparse_files.write(tmp_path / "x.safetensors", name)
-    start = time.process_time()
+    start = time.thread_time()
     found = identify(path)
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
     facts = INDEX[name]
     assert (found.kind, found.generation) == PUBLISHED[name]
     assert (found.tensors, found.parameters) == (facts["tensors"], facts["params"])
@@ -294,7 +294,7 @@ def test_a_base_without_its_config_is_no_base(tmp_path):
 
 def test_a_base_of_full_size_is_opened_in_a_moment(tmp_path):
     path = sparse_files.write(tmp_path / "x.safetensors", "ltx-2.3-22b-dev")
-    start = time.process_time()
+    start = time.thread_time()
     assert io.open_base(path).generation == "2.3"
-    assert time.process_time() - start < 2
+    assert time.thread_time() - start < 2
     assert header(path).metadata["model_version"] == "2.3.0"
