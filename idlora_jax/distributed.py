@@ -132,16 +132,20 @@ def start(settings: Distributed, environment: Mapping[str, str] = os.environ) ->
         ) from None
 
 
+def _lost(error: Exception) -> OSError:
+    """An error of the devices, or of what they exchange, in words."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return OSError(
+        f"process {jax.process_index()} of {jax.process_count()} had to end "
+        f"({reason}); see what the others say, and start all again with --resume"
+    )
+
+
 def _one_of_several(work: Callable[[], int | None]) -> int | None:
-    """The same, with errors of the devices and of what they exchange as ours."""
     try:
         return work()
     except jax.errors.JaxRuntimeError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(
-            f"process {jax.process_index()} of {jax.process_count()} had to end "
-            f"({reason}); see what the others say, and start all again with --resume"
-        ) from None
+        raise _lost(error) from None
 
 
 def run(work: Callable[[], int | None]) -> int | None:
@@ -166,12 +170,19 @@ def is_first() -> bool:
 
 
 def agreed(value: int) -> int:
-    """The largest of the processes' numbers; all must ask, and wait for each other."""
+    """The largest of the processes' numbers; all must ask, and wait for each other.
+
+    Raises:
+        OSError: if one of them has ended.
+    """
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
-    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+    try:
+        return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise _lost(error) from None
 
 
 def wait() -> None:
