@@ -8,8 +8,10 @@
 
 Processes find each other through a coordinator, which the first of them runs. Under
 Slurm and Open MPI jax reads from the environment where it is, how many processes there
-are and which one this is; elsewhere `settings.Distributed` says so. With one process
-every function here returns at once.
+are and which one this is; elsewhere `settings.Distributed` says so. One process for
+each host has all of its devices; of several on a host, as launchers start them, each
+has the device of its number there. With one process every function here returns at
+once.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -35,6 +38,8 @@ LAUNCHERS: Mapping[str, str] = {
     "Open MPI": "OMPI_COMM_WORLD_SIZE",
 }
 """How many processes were started together, as the launcher says it to each."""
+_ON_THIS_HOST = ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+_VISIBLE = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
 _GRACE_S = 60
 """How much longer jax itself waits: it ends the process with a dump of its stack."""
 
@@ -49,6 +54,16 @@ def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
         if environment.get(variable, "").isdigit() and int(environment[variable]) > 1:
             return name
     return None
+
+
+def one_per_host(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started one process on every host.
+
+    Args:
+        environment: its variables.
+    """
+    found = [environment[name] for name in _ON_THIS_HOST if name in environment]
+    return any(re.fullmatch(r"1(\(x\d+\))?", text) for text in found)
 
 
 def _given_up(said: str, seconds: int) -> NoReturn:
@@ -124,6 +139,10 @@ def start(settings: Distributed, environment: Mapping[str, str] = os.environ) ->
             jax.distributed.initialize(
                 initialization_timeout=settings.timeout + _GRACE_S, **options
             )
+        if not options and one_per_host(environment):
+            # Under a launcher jax shows each process one device.
+            for name in _VISIBLE:
+                jax.config.update(name, "all")
     except (ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
@@ -132,16 +151,20 @@ def start(settings: Distributed, environment: Mapping[str, str] = os.environ) ->
         ) from None
 
 
+def _lost(error: Exception) -> OSError:
+    """An error of the devices, or of what they exchange, in words."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return OSError(
+        f"process {jax.process_index()} of {jax.process_count()} had to end "
+        f"({reason}); see what the others say, and start all again with --resume"
+    )
+
+
 def _one_of_several(work: Callable[[], int | None]) -> int | None:
-    """The same, with errors of the devices and of what they exchange as ours."""
     try:
         return work()
     except jax.errors.JaxRuntimeError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(
-            f"process {jax.process_index()} of {jax.process_count()} had to end "
-            f"({reason}); see what the others say, and start all again with --resume"
-        ) from None
+        raise _lost(error) from None
 
 
 def run(work: Callable[[], int | None]) -> int | None:
@@ -166,12 +189,19 @@ def is_first() -> bool:
 
 
 def agreed(value: int) -> int:
-    """The largest of the processes' numbers; all must ask, and wait for each other."""
+    """The largest of the processes' numbers; all must ask, and wait for each other.
+
+    Raises:
+        OSError: if one of them has ended.
+    """
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
-    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+    try:
+        return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise _lost(error) from None
 
 
 def wait() -> None:

@@ -68,6 +68,22 @@ def test_a_launcher_is_known_by_its_variables(environment, found):
     assert distributed.launcher(environment) == found
 
 
+@pytest.mark.parametrize(
+    ("environment", "alone"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, False),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2),2"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "16"}, False),
+    ],
+)
+def test_one_process_for_a_host_is_known_by_its_variables(environment, alone):
+    assert distributed.one_per_host(environment) == alone
+
+
 def test_one_process_waits_for_nobody():
     distributed.start(Distributed(), {})
     assert distributed.is_first()
@@ -106,6 +122,15 @@ def started(arguments: list[str], **more: str) -> subprocess.Popen[str]:
     )
 
 
+def slurm(number: int, job: int) -> dict[str, str]:
+    """What srun says to the tasks of a step of two."""
+    return {
+        "SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number),
+    }  # fmt: skip
+
+
 @contextlib.contextmanager
 def ended(*processes: subprocess.Popen[str]) -> Iterator[None]:
     """No process outlives its test."""
@@ -139,13 +164,20 @@ def seen(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[list[Any], pathlib.Path, str]:
     """What two processes saw, where they wrote, and how the first one ended."""
-    folder, port = tmp_path_factory.mktemp("two"), free_port()
-    script = str(ROOT / "tests" / "two_processes.py")
-    both = [started([script, f"localhost:{port}", str(n), str(folder)]) for n in (0, 1)]
+    folder, job = tmp_path_factory.mktemp("two"), np.random.default_rng().integers(4096)
+    arguments = [str(ROOT / "tests" / "two_processes.py"), str(folder)]
+    apart = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    both = [started(arguments, **slurm(n, int(job)), **apart) for n in (0, 1)]
     with ended(*both):
         out = [process.communicate(timeout=300) for process in both]
         assert [process.returncode for process in both] == [1, 0], out
     return [json.loads(text.splitlines()[-1]) for text, _ in out], folder, out[0][1]
+
+
+@pytest.mark.slow
+def test_one_process_for_a_host_may_use_all_of_its_devices(seen):
+    """As jax is told; by itself it takes the one of the process's number."""
+    assert [f["visible"] for f in seen[0]] == ["all", "all"]
 
 
 @pytest.mark.slow
@@ -214,15 +246,6 @@ def command(config: Any, output: pathlib.Path, *options: str) -> list[str]:
     script += ["--strategy.no-with-audio", f"--save-every={STEPS}", "--ema.decay=0.9"]
     script += ["--lora.targets", "blocks/video/self_attn/*", "blocks/video/ff/*"]
     return [*script, *(f"--{name}={value}" for name, value in given.items()), *options]
-
-
-def slurm(number: int, job: int) -> dict[str, str]:
-    """What srun says to the tasks of a step of two."""
-    return {
-        "SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number),
-    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 The second one then vanishes.
 
-python tests/two_processes.py HOST:PORT NUMBER FOLDER
+    srun --ntasks 2 python tests/two_processes.py FOLDER
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def trained(folder: Path, poison: tuple[int, ...] = ()) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    me = int(sys.argv[2])
-    distributed.start(Distributed(sys.argv[1], 2, me, 60))
-    folder = Path(sys.argv[3])
+    distributed.start(Distributed(timeout=60))
+    me, folder = jax.process_index(), Path(sys.argv[1])
     found: dict[str, Any] = {text: rows(text) for text in ("data=2", "tensor=2")}
+    found["visible"] = jax.config.jax_cuda_visible_devices
     found["gathered"] = gathered("fsdp=2")
     found["agreed"] = [distributed.agreed(n) for n in (me, 15 * (1 - me), 0)]
     found["refused"] = refused(me), refused({"same": 1})
