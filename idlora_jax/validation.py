@@ -35,6 +35,7 @@ from idlora_jax import (
     finished,
     jobs,
     outputs,
+    parallel,
     runs,
     sampling,
     sessions,
@@ -129,7 +130,7 @@ def _check_equal(configs: Sequence[SampleConfig]) -> None:
 
 
 def wanted(config: TrainConfig, warn: batches.Warn) -> tuple[SampleConfig, ...]:
-    """One configuration for each clip, with base, dtype and fp8 of training.
+    """One configuration for each clip, with base, dtype, fp8 and mesh of training.
 
     Args:
         config: `samples` says what is sampled.
@@ -149,7 +150,7 @@ def wanted(config: TrainConfig, warn: batches.Warn) -> tuple[SampleConfig, ...]:
             fp8=config.fp8,
             text_encoder=one.text_encoder if encoder is None else encoder,
             output_dir=config.output / FOLDER,
-            mesh="",
+            mesh=config.mesh,
             memory="off",
             preview=0,
             overwrite=False,
@@ -328,10 +329,12 @@ class Sampler:
             _refuse(now.folder, error)
 
     def _made(self, session: sessions.Session, trained: Tree) -> Iterator[Outcome]:
-        params = {
-            **jax.device_put(dict(self.loaded.params)),
-            "transformer": self.transformer(trained),
-        }
+        mesh = sampling.mesh_of(session.todo[0])
+        host = self.loaded.params.items()
+        params = {name: parallel.place(tree, mesh, name) for name, tree in host}
+        if mesh is None:
+            params = jax.device_put(params)
+        params["transformer"] = self.transformer(trained)
         loaded = self.loaded._replace(params=params)
         return sessions.make(session, loaded=loaded)
 

@@ -41,7 +41,7 @@ from idlora_jax.weights import io
 IDENTITY = Guidance(video_cfg=1.0, audio_cfg=1.0, identity=3.0, stg=0.0, bimodal=1.0)
 TARGETS = ("blocks/audio/ff/*", "blocks/video/cross_attn/out")
 LAST, ENDS = "lora_weights_step_00002", ("", "_ema")
-MEDIA = ("mp4", "wav", "png")
+MEDIA = ("wav", "png", "mp4")
 
 
 @pytest.fixture(scope="module")
