@@ -25,6 +25,7 @@ from idlora_jax import (
     geometry,
     memory,
     norms,
+    parallel,
     quantized,
     training_checks,
     training_memory,
@@ -129,13 +130,15 @@ def look(config: TrainConfig) -> Seen:
     """
     config = replace(config, verify=False)  # which would read the whole base
     base, data = config.base.exists(), config.data.exists()
-    fit = fitting.plan(config) if base and data else None
+    # Nor need the devices of the mesh be here.
+    fit = fitting.plan(replace(config, mesh="")) if base and data else None
     device, most, said = _device(config)
     nets, notes = networks.load(config.base, ())[0] if base else None, []
     if nets is None:
         nets, note = _stand_in(config)
         notes.append(note)
     config = experiment.of_generation(config, nets.generation)
+    parallel.check(config.mesh, nets.transformer)
     clips = None
     if data:
         train, held = _clips(config, fit)

@@ -126,6 +126,14 @@ def test_what_is_there_is_told_and_left_alone(tiny_run, monkeypatch):
     assert not tiny_run.output.exists()
 
 
+def test_devices_of_a_mesh_need_not_be_here(tiny_run):
+    text = said(dataclasses.replace(tiny_run, mesh="data=64", batch_size=64))
+    assert "batch 64" in text and "data=64" in text
+    uneven = dataclasses.replace(tiny_run, mesh="tensor=3")
+    with pytest.raises(ValueError, match="got tensor=3"):
+        said(uneven)
+
+
 def test_saves_checks_and_rates_are_told(tiny_run):
     optimizer = Optimizer(accumulation=3, warmup=5, schedule="cosine")
     changes = {"optimizer": optimizer, "steps": 50, "save_every": 20}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import latent_folder
 import pytest
+import sample_files
 import sparse_files
 
 from idlora_jax import (
@@ -30,6 +31,7 @@ from idlora_jax.assumed import Assume
 from idlora_jax.data import latents
 from idlora_jax.experiment import Ema, HeldOut, Lora, Optimizer, TrainConfig
 from idlora_jax.memory import Device
+from idlora_jax.monitoring import Samples
 from idlora_jax.presets import tiny_train
 from idlora_jax.training_outlines import Outline
 from idlora_jax.weights import networks
@@ -220,6 +222,32 @@ def test_a_base_in_8_bits_may_stay_so(tiny_model, tmp_path):
     run, device = outline((base,), batch_size=1), Device()
     most = training_memory.of(run, device).peak.total - 1
     assert any("--fp8 keep" in x for x in training_checks.helps(run, "tpu", most))
+
+
+def test_clips_sampled_on_the_way_count_beside_what_training_holds(
+    tiny_model, tmp_path
+):
+    files = sample_files.written(tiny_model, tmp_path)
+    clip = sample_files.config(files, tmp_path / "elsewhere")
+    settings = dataclasses.replace(
+        tiny_train(),
+        base=tiny_model[0],
+        data=latent_folder.write(tmp_path / "clips", 4, text=(128, 48)),
+        output=tmp_path / "out",
+        lora=Lora(rank=64, targets=QUERIES),
+        heldout=HeldOut(clips=0),
+        samples=Samples(every=1, clips=(dataclasses.replace(clip, lora=()),)),
+    )
+    fit = fitting.plan(settings)
+    clips = training_outlines.of_collection(fit.clips)
+    run = training_outlines.of(fit.run.config, fit.nets, clips)
+    found = training_memory.of(run, planned=fit.samples)
+    rows = {phase.name: dict(phase.resident) for phase in found.phases}
+    both = {"transformer", "text connector", "adapter", "optimizer"}
+    assert {n: rows["samples"][n] for n in both} == {n: rows["save"][n] for n in both}
+    assert {"video vae", "audio vae", "vocoder"} < rows["samples"].keys()
+    work = {phase.name: phase.temporary for phase in found.phases}
+    assert work["samples"] > 0 and "samples" not in phases(run)
 
 
 def test_the_plan_of_a_run_is_said_before_weights_are_read(tiny_model, tmp_path):
