@@ -10,12 +10,10 @@ transformer's parameters instead, and nothing is frozen.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
-import json
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,17 +24,15 @@ from jaxtyping import PRNGKeyArray
 
 from idlora_jax import (
     adapters,
-    as_trained,
     diagnosis,
     distributed,
     experiment,
-    geometry,
     heldout,
     loop,
     optimizers,
     parallel,
     prompts,
-    references,
+    run_files,
     runs,
     shares,
     strategies,
@@ -44,7 +40,6 @@ from idlora_jax import (
     validation,
     wandb_run,
 )
-from idlora_jax.checkpoints import AdapterMeta
 from idlora_jax.config import TransformerConfig
 from idlora_jax.data import collection, latents, reading
 from idlora_jax.data.collection import Collection
@@ -54,11 +49,12 @@ from idlora_jax.heldout import Losses, Numbers
 from idlora_jax.model import transformer
 from idlora_jax.records import Sampled
 from idlora_jax.runs import Run
+from idlora_jax.sessions import Loaded
 from idlora_jax.strategies import Batch
 from idlora_jax.training import Task, TrainState
 from idlora_jax.types import Tree
 from idlora_jax.validation import Planned
-from idlora_jax.weights import io, networks, rules
+from idlora_jax.weights import io, networks
 from idlora_jax.weights.check import verify_watched
 from idlora_jax.weights.networks import Networks
 
@@ -116,82 +112,6 @@ def folders(spec: Strategy) -> tuple[str, ...]:
     return (latents.VIDEO, latents.TEXT, *(f for f, used in wanted.items() if used))
 
 
-def _lora_facts(config: TrainConfig) -> dict[str, Any]:
-    """Ranks and scales as a file says them: alpha is the usual scale times the rank."""
-    lora = config.lora
-    if config.mode == "full":
-        return {"extra": {"mode": "full"}}
-    ranks = experiment.patterns("lora.ranks", lora.ranks).values()
-    said = {name: " ".join(getattr(lora, name)) for name in ("ranks", "alphas")}
-    return {
-        "rank": max(lora.rank, *map(int, ranks)) if ranks else lora.rank,
-        "alpha": lora.alpha * (math.sqrt(lora.rank) if lora.rslora else 1.0),
-        "targets": lora.targets,
-        "extra": {name: text for name, text in said.items() if text},
-    }
-
-
-def _downscale(index: Collection) -> int | None:
-    """How many times smaller video references are, where there are any.
-
-    Raises:
-        ValueError: if that differs between sizes.
-    """
-    seen = [b for b in index.buckets if b.video_reference]
-    found = {
-        references.downscale(b.clips[0].video[1:], b.video_reference[1:]) for b in seen
-    }
-    if len(found) > 1:
-        raise ValueError(
-            f"data: video references are {sorted(found)} times smaller than their "
-            "clips, expected one number for all sizes; preprocess them alike"
-        )
-    return found.pop() if found else None
-
-
-def _meta(config: TrainConfig, nets: Networks, index: Collection) -> AdapterMeta:
-    spec, sees = config.strategy, strategies.branch(config.strategy)
-    facts = _lora_facts(config)
-    about = as_trained.recorded(spec, _downscale(index))
-    extra = facts.pop("extra") | {"seed": str(config.seed)} | about
-    return AdapterMeta(
-        generation=nets.generation,
-        base_name=Path(config.base).name,
-        base_hash=nets.base_hash,
-        numerics=config.numerics,
-        reference_gap_s=spec.gap_s,
-        video_sees_ref=sees.video_sees_ref,
-        ref_sees_text=sees.ref_sees_text,
-        fps=index.fps,
-        reference_s=index.reference / geometry.AUDIO_LATENTS_PER_S,
-        extra=extra,
-        **facts,
-    )
-
-
-def _fingerprint(index: Collection) -> str:
-    """What decides the order of the clips: their names, bucket by bucket."""
-    buckets = ("\n".join(clip.name for clip in b.clips) for b in index.buckets)
-    names = "\n\n".join(buckets)
-    return f"{len(index.clips)} clips, {hashlib.sha256(names.encode()).hexdigest()[:8]}"
-
-
-def _as_stored(params: Tree, like: Path) -> Tree:
-    """A transformer in the dtypes of a base's file; what is in 8 bits there in 16."""
-    stored, _ = io.locate(io.open_base(like), "transformer")
-    kinds = {p: jnp.bfloat16 if f.narrow else f.spec.dtype for p, f in stored.items()}
-    flat = rules.flatten(params)
-    return rules.nest({path: w.astype(kinds[path]) for path, w in flat.items()})
-
-
-def _export_base(path: Path, params: Tree, about: AdapterMeta, *, like: Path) -> None:
-    """A trained transformer under the original key names, in the base's dtypes."""
-    opened = io.open_base(like)
-    tree = _as_stored(jax.device_get(params), like)
-    said = opened.metadata | {"training": json.dumps(asdict(about))}
-    io.save_original(path, {"transformer": tree}, opened.config, said)
-
-
 def check_targets(config: TrainConfig, shapes: Tree) -> None:
     """Refuse targets and patterns that fit no module of a transformer.
 
@@ -223,10 +143,10 @@ def plan(config: TrainConfig) -> Fit:
     shares.mesh_of(config.mesh, nets.transformer)
     config = experiment.of_generation(config, nets.generation)
     check_targets(config, io.shapes(io.open_base(config.base), "transformer"))
-    facts = {"base": nets.base_hash, "clips": _fingerprint(index)}
-    full = functools.partial(_export_base, like=config.base)
+    facts = {"base": nets.base_hash, "clips": run_files.fingerprint(index)}
+    full = functools.partial(run_files.export_base, like=config.base)
     export = full if config.mode == "full" else None
-    run = Run(config, _meta(config, nets, index), facts, export)
+    run = Run(config, run_files.meta(config, nets, index), facts, export)
     return Fit(run, nets, clips, held, runs.newest(run), validation.plan(run))
 
 
@@ -291,7 +211,7 @@ def served(plan: Fit, read: Tree, base: Tree) -> Callable[[Tree], Tree]:
     kinds = jax.tree.map(lambda w: w.dtype, read)
 
     def exported(params: Tree) -> Tree:
-        stored = _as_stored(params, config.base)
+        stored = run_files.as_stored(params, config.base)
         return jax.tree.map(lambda w, kind: w.astype(kind), stored, kinds)
 
     return exported
@@ -337,15 +257,64 @@ def hooks(
     return loop.Hooks(validate=validate, sample=sample, explain=explain)
 
 
-def batches_of(
-    plan: Fit, connect: latents.Connect, mesh: Mesh | None = None
-) -> reading.Batches:
-    """The batches of a run, by their number: of each, the rows of this process."""
+@contextlib.contextmanager
+def reading_of(
+    plan: Fit, connect: latents.Connect, mesh: Mesh | None, seen: int
+) -> Iterator[tuple[loop.Batches, reading.Batches, reading.Reader]]:
+    """The batches of a run, read ahead: of each, a process reads its own rows.
+
+    Args:
+        plan: from `plan`.
+        connect: the connectors.
+        mesh: devices that a batch is divided over.
+        seen: batches before; the saved position of the reader must be behind them.
+
+    Returns:
+        From the number of batches seen to the next one on its devices; what knows
+        their names, and what knows the position.
+
+    Raises:
+        ValueError: if the saved position is another one.
+    """
     config = plan.run.config
-    order = Order(plan.clips.counts, config.batch_size, config.seed)
+    size, rows = config.batch_size, parallel.own_rows(mesh, config.batch_size)
+    order = Order(plan.clips.counts, size, config.seed)
     count = config.steps * plan.run.accumulation
-    rows = parallel.own_rows(mesh, config.batch_size)
-    return reading.batches(plan.clips, connect, order, count=count, rows=rows)
+    data = reading.batches(plan.clips, connect, order, count=count, rows=rows)
+    position = runs.position(plan.run, plan.resumed)
+    ahead = {"ahead": config.read_ahead, "seen": seen, "position": position}
+    with reading.opened(data, **ahead) as reader:
+        whole = lambda seen: parallel.from_own_rows(reader(seen), mesh, size)
+        yield whole, data, reader
+
+
+def _read(
+    plan: Fit, mesh: Mesh | None
+) -> tuple[Tree, Tree, Callable[[Tree], Tree], latents.Connect]:
+    """What is trained, what is frozen, see `served`, and the connectors."""
+    config, nets = plan.run.config, plan.nets
+    options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "fp8": config.fp8}
+    # Each process connects the prompts of its own clips, on its own device.
+    _, params = networks.load(config.base, ("text_connector",), **options)
+    _, found = networks.load(config.base, ("transformer",), mesh=mesh, **options)
+    read = found.pop("transformer")
+    made, base = trained(config, read, mesh)
+
+    def connect(features: Any, mask: Any) -> Any:
+        return prompts.prompts(nets, params, features, mask, numerics=config.numerics)
+
+    return made, base, served(plan, read, base), connect
+
+
+def _sample(
+    plan: Fit, shown: Loaded | None, parameters: Callable[[Tree], Tree], say: Say
+) -> Sample:
+    """What samples clips on the way, after what is to be said of them."""
+    if plan.samples is None or shown is None:
+        return loop.NOTHING.sample
+    for name, line in plan.samples.warnings:
+        say(f"warning: {name}: {line}")
+    return validation.sampler(plan.samples, shown, parameters)
 
 
 def fit(plan: Fit, say: Say = print) -> Result:
@@ -359,57 +328,33 @@ def fit(plan: Fit, say: Say = print) -> Result:
         ValueError: if weights are missing or do not fit, or the loss is not finite.
         OSError: if something cannot be written.
     """
-    config, nets = plan.run.config, plan.nets
-    mesh = shares.mesh_of(config.mesh, nets.transformer)
+    config = plan.run.config
+    mesh = shares.mesh_of(config.mesh, plan.nets.transformer)
     say = say if distributed.is_first() else _silent
     # Before the base is read: the text encoder and it are never in memory together.
     shown = None if plan.samples is None else validation.load(plan.samples, say)
-    options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "fp8": config.fp8}
-    # Each process connects the prompts of its own clips, on its own device.
-    _, params = networks.load(config.base, ("text_connector",), **options)
-    _, found = networks.load(config.base, ("transformer",), mesh=mesh, **options)
-    read = found.pop("transformer")
-    adapter, base = trained(config, read, mesh)
-    parameters = served(plan, read, base)
-    del read
-
-    def connect(features: Any, mask: Any) -> Any:
-        return prompts.prompts(nets, params, features, mask, numerics=config.numerics)
-
-    make = optimizers.make_optimizer
-    tx = make(config.optimizer, config.steps, ema=config.ema)
-    state = training.init(adapter, base, tx, mesh)
-    del adapter  # is in the state, which may be replaced
+    made, base, parameters, connect = _read(plan, mesh)
+    tx = optimizers.make_optimizer(config.optimizer, config.steps, ema=config.ema)
+    state = training.init(made, base, tx, mesh)
+    del made  # is in the state, which may be replaced
     places = shares.places_of(state, mesh)
     state = runs.start(plan.run, plan.resumed, state)
     task = task_of(plan, mesh)
-    evaluate = heldout.losses(
-        plan.run.config, plan.held, task, state.adapter, base, connect, mesh
-    )
-    before = evaluate(state)
-    seen = int(state.step)
-    say(
-        f"training on {len(plan.clips.clips)} clips, {config.steps} steps"
-        + (f", after {seen} batches seen" if seen else "")
-    )
+    given = config, plan.held, task, state.adapter, base, connect, mesh
+    evaluate = heldout.losses(*given)
+    del given
+    before, seen = evaluate(state), int(state.step)
+    after_some = f", after {seen} batches seen" if seen else ""
+    say(f"training on {len(plan.clips.clips)} clips, {config.steps} steps{after_some}")
     if before is not None:
         say(heldout.told("before", before))
     key = jax.random.key(config.seed)
     step = training.make_train_step(task, tx, key, places)
-    sample: Sample = loop.NOTHING.sample
-    if plan.samples is not None and shown is not None:
-        sample = validation.sampler(plan.samples, shown, parameters)
-        for name, line in plan.samples.warnings:
-            say(f"warning: {name}: {line}")
+    sample = _sample(plan, shown, parameters, say)
     asked = hooks(plan, task, key, base, evaluate, before=before, sample=sample)
-    data = batches_of(plan, connect, mesh)
-    position = runs.position(plan.run, plan.resumed)
-    size = config.batch_size
-    ahead = {"ahead": config.read_ahead, "seen": seen, "position": position}
-    with reading.opened(data, **ahead) as batches:
-        asked = replace(asked, names=data.names, position=batches.position)
-        whole = lambda seen: parallel.from_own_rows(batches(seen), mesh, size)
-        state, signal = loop.train(plan.run, step, state, base, whole, asked)
+    with reading_of(plan, connect, mesh, seen) as (batches, data, reader):
+        asked = replace(asked, names=data.names, position=reader.position)
+        state, signal = loop.train(plan.run, step, state, base, batches, asked)
     after = None if signal else evaluate(state)
     if after is not None:
         say(heldout.told("after", after))

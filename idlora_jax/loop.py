@@ -115,6 +115,12 @@ def _mean(rows: list[Row]) -> Row:
     return mean | {"skipped": sum(row["skipped"] for row in rows)}
 
 
+def _numbers(run: Run, rows: list[Row], batch: Batch, spent: float) -> Row:
+    """What is logged of the batches since the last line, at so many seconds a step."""
+    speed: dict[str, Any] = records.speed(batch, spent / run.accumulation)
+    return {"s_per_step": spent} | {k: float(v) for k, v in speed.items()} | _mean(rows)
+
+
 def _refuse(run: Run, hooks: Hooks, bad: Sequence[Done]) -> NoReturn:
     """Stop, naming the clips and the first tensor that is not finite."""
     state, row, batch, names = bad[-1]
@@ -263,11 +269,10 @@ def train(
                 bar.update()
                 if updates % config.log_every == 0 or updates == config.steps:
                     spent = (time.perf_counter() - since) * each / len(rows)
-                    extra = {"step": updates, "lr": rate(updates - 1)}
-                    extra |= records.speed(done.batch, spent / each)
-                    extra = {k: float(v) for k, v in extra.items()}
-                    mean = {"s_per_step": spent} | _mean(rows)
-                    _report(run, log, bar, extra | mean)
+                    lr: Any = rate(updates - 1)
+                    at = {"step": float(updates), "lr": float(lr)}
+                    numbers = _numbers(run, rows, done.batch, spent)
+                    _report(run, log, bar, at | numbers)
                     rows, since = [], time.perf_counter()
                 begun = time.perf_counter()
                 loss = _validated(log, hooks, updates, state)

@@ -30,7 +30,7 @@ import optax.contrib
 from jaxtyping import Array, Int
 
 from idlora_jax import adam8bit, schedules
-from idlora_jax.experiment import Ema, Optimizer
+from idlora_jax.optimizer_config import Ema, Optimizer
 from idlora_jax.types import Tree
 
 Transformation = optax.GradientTransformation

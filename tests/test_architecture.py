@@ -14,7 +14,8 @@ LIBRARY = ROOT / "idlora_jax"
 LEVELS = (
     "__init__ types config config_codecs config_text config_upsampler config_video_vae "
     "config_vocoder files images mel sound voices sheets media settings assumed "
-    "experiment sample_config monitoring commandline presets tagged axes",
+    "optimizer_config experiment sample_config monitoring commandline presets tagged "
+    "axes",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
     "norms wandb_run records solvers losses parallel shares distributed keys liveness "
     "flops",
@@ -23,9 +24,8 @@ LEVELS = (
     "training evaluation loop runs states diagnosis weights.* checkpoints",
     "prompts prompt_cache plans as_trained codecs starts pipeline continuation "
     "previews outlines phases memory trajectories jobs finished batches outputs "
-    "sampling sessions validation heldout fitting training_outlines training_memory "
-    "training_checks "
-    "dry_run data.*",
+    "sampling sessions validation heldout run_files fitting training_outlines "
+    "training_memory training_checks dry_run data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""

@@ -175,6 +175,12 @@ def seen(
 
 
 @pytest.mark.slow
+def test_one_process_for_a_host_may_use_all_of_its_devices(seen):
+    """As jax is told; by itself it takes the one of the process's number."""
+    assert [f["visible"] for f in seen[0]] == ["all", "all"]
+
+
+@pytest.mark.slow
 def test_each_process_reads_the_rows_of_its_devices(seen):
     found, _, _ = seen
     for name, own in (("data=2", ([0, 1], [2, 3])), ("tensor=2", ([0, 1, 2, 3],) * 2)):

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import eight_devices
@@ -15,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import virtual_devices
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
@@ -189,25 +185,8 @@ def seen(tmp_path_factory) -> dict[str, Any]:
     """What a process with eight virtual devices saw."""
     folder = tmp_path_factory.mktemp("eight")
     file = eight_devices.write(folder / "small.safetensors")
-    here = pathlib.Path(__file__)
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        f"--xla_dump_to={folder} --xla_dump_hlo_module_re=jit__scan"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", eight_devices.__file__, str(file), str(folder)],
-        capture_output=True,
-        text=True,
-        env={
-            "XLA_FLAGS": flags,
-            "JAX_PLATFORMS": "cpu",
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent))),
-        },
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    given = str(file), str(folder / virtual_devices.DUMP)
+    return virtual_devices.seen("eight_devices.py", folder, "jit__scan", *given)
 
 
 @pytest.mark.slow

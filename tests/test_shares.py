@@ -6,12 +6,8 @@ of one mesh of all kinds and one optimizer.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import eight_trainers
@@ -19,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import virtual_devices
 from jax.sharding import AbstractMesh
 
 from idlora_jax import adapters, config, experiment, optimizers, parallel, shares
@@ -134,28 +131,10 @@ def test_a_mesh_that_does_not_fit_is_wrong_usage():
 def seen(tmp_path_factory, tiny_model) -> dict[str, Any]:
     """What a process with eight virtual devices saw."""
     folder = tmp_path_factory.mktemp("eight")
-    here = pathlib.Path(__file__)
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_module_re=jit_step"
-    )
-    paths = [str(tiny_model[0]), str(folder), str(folder / "dump")]
+    paths = [str(tiny_model[0]), str(folder), str(folder / virtual_devices.DUMP)]
     meshes, methods = CHOSEN
-    script = [sys.executable, "-W", "error", eight_trainers.__file__]
-    done = subprocess.run(
-        [*script, *paths, ",".join(methods), *meshes],
-        capture_output=True,
-        text=True,
-        env={
-            "XLA_FLAGS": flags,
-            "JAX_PLATFORMS": "cpu",
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent))),
-        },
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    given = [*paths, ",".join(methods), *meshes]
+    return virtual_devices.seen("eight_trainers.py", folder, "jit_step", *given)
 
 
 @pytest.mark.slow

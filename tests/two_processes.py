@@ -101,6 +101,7 @@ if __name__ == "__main__":
     distributed.start(Distributed(timeout=60))
     me, folder = jax.process_index(), Path(sys.argv[1])
     found: dict[str, Any] = {text: rows(text) for text in ("data=2", "tensor=2")}
+    found["visible"] = jax.config.read("jax_cuda_visible_devices")
     found["gathered"] = gathered("fsdp=2")
     found["agreed"] = [distributed.agreed(n) for n in (me, 15 * (1 - me), 0)]
     found["refused"] = refused(me), refused({"same": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from typing import Any
@@ -102,12 +103,14 @@ def test_a_position_of_another_place_is_refused(clips):
             reader(1)
 
 
-def test_a_finished_run_reads_nothing(clips):
+@pytest.mark.parametrize("seen", [COUNT, COUNT + 3])
+def test_a_finished_run_reads_nothing(clips, seen):
     data = data_of(clips)
-    with reading.opened(data, seen=COUNT, position={"next_index": COUNT}):
-        pass
-    with reading.opened(data, seen=COUNT + 3, position={"next_index": COUNT + 3}):
-        pass
+    read: list[int] = []
+    source = dataclasses.replace(data, sample=lambda at: read.append(1))
+    with reading.opened(source, seen=seen, position={"next_index": seen}) as reader:
+        assert reader.position() is not None
+    assert read == []
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
