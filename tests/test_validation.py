@@ -178,6 +178,8 @@ def test_a_clip_is_bit_by_bit_what_sample_py_makes_of_the_exported_adapter(
         now = (tmp_path / f"anna.{kind}").read_bytes()
         assert now == of(made.config, 2, kind, end).read_bytes(), kind
         assert now != of(made.config, 1, kind, end).read_bytes(), kind
+    now, then = tmp_path / "anna.mp4", of(made.config, 2, "mp4", end)
+    assert media.probe(now) == media.probe(then)
     # Its record says so, too: there is nothing to do.
     there = of(made.config, 2, "json", end).parent
     (outcome,) = sessions.prepare(
