@@ -86,10 +86,10 @@ def predict(
         variables, prepared, streams, level, branches, targets=targets, mode=mode
     )
 
-    def one(s: Stream, v: Array, level: Array) -> Array:
+    def one(v: Array, s: Stream, level: Array) -> Array:
         return to_x0(s.x, v, s.denoise, level)
 
-    return tuple(each(one, streams, v, level) for v in velocities)
+    return tuple(each(one, v, streams, level) for v in velocities)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ class _Guided:
             guided = guidance.combine(
                 x0, weights, rescale=rescale, over=self.over, project=steps
             )
-        return guided, memory
+        # What the positive pass does not read are given tokens, and stays.
+        kept = each(lambda s, g: s.x if g is None else g, streams, guided)
+        return kept, memory
 
 
 def make_denoiser(

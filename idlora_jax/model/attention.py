@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from idlora_jax.config import BlindGradient
 from idlora_jax.model.layers import Dense, RMSNorm
@@ -164,6 +164,13 @@ def _reordered(
     return k, v, bias
 
 
+class KeysValues(NamedTuple):
+    """What queries attend to: [B S N K] each, keys normalised and rotated."""
+
+    k: Any
+    v: Any
+
+
 class Attention(nn.Module):
     """Multi-head attention; q and k are normalised over the full inner width.
 
@@ -211,38 +218,46 @@ class Attention(nn.Module):
         """Self-attention that is skipped but passes its values through."""
         return self._finish(x, self._heads(self.v(x)))
 
+    def keys_values(
+        self, context: Float[Array, "B S E"], rope: Rope | None = None
+    ) -> KeysValues:
+        """What others attend to in `context`; `rope` rotates the keys."""
+        k = self.k_norm(self.k(context))
+        if rope is not None:
+            k = rotate(k, rope, self.rope)
+        return KeysValues(self._heads(k), self._heads(self.v(context)))
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        context: Float[Array, "B S E"] | None = None,
+        seen: KeysValues | None = None,
         *,
         rope: Rope | None = None,
-        context_rope: Rope | None = None,
         bias: Float[Array, "B T S"] | None = None,
         length: Int[Array, " B"] | None = None,
         order: Int[Array, "B S"] | None = None,
         blind_from: int | None = None,
         blind_gradient: BlindGradient = "softmax",
+        passes: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B T O"]:
-        """Attend from `x` to `context` (default: `x` itself).
+        """Attend from `x` to what is `seen` (default: `x` itself).
 
         Args:
             x: query side.
-            context: key and value side.
-            rope: rotates the queries (and the keys, without `context_rope`).
-            context_rope: rotates the keys.
+            seen: from `keys_values`.
+            rope: rotates the queries (and the keys of `x` itself).
             bias: additive scores bias.
             length: valid keys per sample.
             order: keys per sample with the valid ones first, where they lie otherwise.
             blind_from: query rows from here on get the mean of the values.
             blind_gradient: see `blind`.
+            passes: samples that get their own values instead, as of `values_only`.
         """
-        context = x if context is None else context
-        q, k = self.q_norm(self.q(x)), self.k_norm(self.k(context))
+        k, v = self.keys_values(x, rope) if seen is None else seen
+        own, q = v, self.q_norm(self.q(x))
         if rope is not None:
             q = rotate(q, rope, self.rope)
-            k = rotate(k, rope if context_rope is None else context_rope, self.rope)
-        q, k, v = self._heads(q), self._heads(k), self._heads(self.v(context))
+        q = self._heads(q)
         if order is not None:
             k, v, bias = _reordered(order, k, v, bias)
         sees = slice(blind_from)
@@ -251,4 +266,6 @@ class Attention(nn.Module):
         if blind_from is not None:
             mean = blind(q[:, blind_from:], k, v, blind_gradient)
             out = jnp.concatenate([out, mean], axis=1)
+        if passes is not None:
+            out = jnp.where(passes[:, None, None, None], own, out)
         return self._finish(x, out)
