@@ -22,6 +22,7 @@ from idlora_jax.assumed import Assume
 from idlora_jax.config import AUDIO_TARGETS, Generation
 from idlora_jax.monitoring import Samples, Wandb
 from idlora_jax.optimizer_config import Ema, Optimizer
+from idlora_jax.savings import Saving
 from idlora_jax.settings import Distributed, Numerics, require
 
 StrategyName = Literal[
@@ -195,6 +196,7 @@ class TrainConfig:
         numerics: how positions are made; see `geometry.positions`.
         remat: what the backward pass keeps: everything but weights, some
             activations, or layer inputs only.
+        without: savings that are switched off, to find a fault; see `savings`.
         dtype: of the base and of the computation. Adapter, loss and optimizer are
             float32.
         fp8: what becomes of kernels that the base holds in 8 bits: times their scales
@@ -236,6 +238,7 @@ class TrainConfig:
     validate_every: int = 0
     numerics: Numerics = "exact"
     remat: Literal["none", "selective", "full"] = "full"
+    without: tuple[Saving, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fp8: Literal["upcast", "keep"] = "upcast"
     heldout: HeldOut = field(default_factory=HeldOut)

@@ -162,8 +162,10 @@ def task_for(
         mesh: devices that a step is divided over.
     """
     scanned = ("params" if config.mode == "full" else "lora",)
+    options: dict[str, Any] = {"remat": config.remat, "without": config.without}
+    options |= {"scanned": scanned, "mesh": mesh, "numerics": config.numerics}
     return Task(
-        apply=transformer.bind(cfg, remat=config.remat, scanned=scanned, mesh=mesh),
+        apply=transformer.bind(cfg, **options),
         prepare=functools.partial(transformer.prepare, cfg, numerics=config.numerics),
         spec=config.strategy,
         fps=fps,

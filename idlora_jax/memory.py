@@ -208,6 +208,7 @@ def for_job(
         text_length,
         tuple(wave.shape[-1] for wave in inputs.waves),
         begins,
+        config.text_kv,
     )
     device = device or this_device(config)
     title = (
@@ -270,6 +271,8 @@ def _smaller(job: Job, device: Device) -> Iterator[list[tuple[str, Job, Device]]
     assert grid is not None, "a job has video"
     if config.branches != "sweep":
         yield [("--branches sweep", _resized(job, branches="sweep"), device)]
+    if config.text_kv != "shared" and not job.nets.transformer.text_adaln:
+        yield [("--text-kv shared", _resized(job, text_kv="shared"), device)]
     if config.batch > 1:
         yield [("--batch 1", _resized(job, batch=1), device)]
     unit = geometry.PIXELS_PER_LATENT

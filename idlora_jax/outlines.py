@@ -32,6 +32,7 @@ from idlora_jax.model import (
 from idlora_jax.model.tiling import Tiles
 from idlora_jax.pipeline import Media, Request
 from idlora_jax.plans import Plan, Stage
+from idlora_jax.savings import TextKV
 from idlora_jax.types import AV, Layout, Prompt, Tree
 from idlora_jax.weights import fp8, io, leaves, networks, rules, upsampler_files
 from idlora_jax.weights.fp8 import Choice
@@ -51,6 +52,7 @@ class Asked:
         text_length: tokens of a prompt, S.
         voices: samples of each reference recording at the audio VAE's rate.
         first_frame: whether the clip begins with a picture.
+        text_kv: see `savings`.
     """
 
     batch: int = 1
@@ -58,6 +60,7 @@ class Asked:
     text_length: int = 1024
     voices: tuple[int, ...] = VOICE
     first_frame: bool = True
+    text_kv: TextKV = "cached"
 
 
 def _like(leaf: Leaf, dtype: np.dtype) -> Shape:
@@ -277,6 +280,7 @@ def stage(
     def run(own: Any, wanted: Any, key: Any, before: Any) -> AV:
         args = (this, nets.transformer, own, wanted, key)
         options: dict[str, Any] = {"layout": layouts[number], "dtype": asked.dtype}
+        options["text_kv"] = asked.text_kv
         return pipeline.sample(*args, before=before, **options)
 
     return [*out, _traced(run, own, wanted, _key(), before)]

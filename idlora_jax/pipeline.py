@@ -29,6 +29,7 @@ from idlora_jax.keys import Keys
 from idlora_jax.model import transformer, upsampler
 from idlora_jax.model.attention import Backend
 from idlora_jax.plans import Plan, Stage
+from idlora_jax.savings import Saving, TextKV
 from idlora_jax.starts import (
     LARGER,
     Request,
@@ -111,6 +112,8 @@ def network(
     dtype: str = "float32",
     backend: Backend = "auto",
     mesh: Mesh | None = None,
+    numerics: Numerics = "exact",
+    without: tuple[Saving, ...] = (),
 ) -> Callable[..., tuple[AV, ...]]:
     """The transformer as `denoise` takes it, computing in `dtype`.
 
@@ -128,9 +131,9 @@ def network(
         mode: denoise.Mode,
     ) -> tuple[AV, ...]:
         s = each(lambda s: s._replace(x=s.x.astype(dtype)), s)
-        options = {"targets": targets, "mode": mode, "backend": backend}
         args = (cfg, variables, prepared, s, sigma, branches)
-        return transformer.apply(*args, mesh=mesh, **options)
+        options = {"targets": targets, "mode": mode, "backend": backend, "mesh": mesh}
+        return transformer.apply(*args, **options, numerics=numerics, without=without)
 
     return apply
 
@@ -147,6 +150,8 @@ def denoiser(
     dtype: str = "float32",
     backend: Backend = "auto",
     mesh: Mesh | None = None,
+    text_kv: TextKV = "cached",
+    without: tuple[Saving, ...] = (),
 ) -> denoise.Denoise:
     """The guided prediction of a stage, for streams at these positions.
 
@@ -161,6 +166,8 @@ def denoiser(
         dtype: what the transformer computes in; the sampler's state is float32.
         backend: see `model.attention.attend`.
         mesh: see `model.transformer.apply`.
+        text_kv: see `savings`; where the noise level modulates text (2.3), "shared".
+        without: savings that are switched off.
 
     Raises:
         ValueError: if a term needs a prompt that is not given.
@@ -175,11 +182,14 @@ def denoiser(
     def cast(text: Any) -> Any:
         return None if text is None else jnp.asarray(text, dtype)
 
-    texts = tuple(Prompt(cast(p.video), cast(p.audio), p.mask) for p in prompts)
+    read = prompts[:need]
+    texts = tuple(Prompt(cast(p.video), cast(p.audio), p.mask) for p in read)
+    cached = text_kv == "cached" and not cfg.text_adaln and "text_kv" not in without
+    options: dict[str, Any] = {"numerics": numerics, "text_kv": cached}
     return denoise.make_denoiser(
-        network(cfg, dtype, backend, mesh),
+        network(cfg, dtype, backend, mesh, numerics, without),
         dict(variables),
-        transformer.prepare(cfg, variables, s, texts, numerics=numerics),
+        transformer.prepare(cfg, variables, s, texts, **options),
         stage.terms,
         target_counts(layout),
         depth=cfg.layers,
@@ -203,6 +213,8 @@ def sample(
     dtype: str = "float32",
     backend: Backend = "auto",
     mesh: Mesh | None = None,
+    text_kv: TextKV = "cached",
+    without: tuple[Saving, ...] = (),
     watch: Watch | None = None,
     remat: bool = False,
 ) -> AV:
@@ -223,6 +235,8 @@ def sample(
         backend: see `model.attention.attend`.
         mesh: devices that the samples are divided over, and branches in mode "batch";
             `variables` are placed on it already (`networks.load`, `parallel.place`).
+        text_kv: see `denoiser`.
+        without: see `denoiser`.
         watch: called after every step; with it, steps are dispatched one by one.
         remat: for gradients; see `denoise.sample`.
 
@@ -252,6 +266,8 @@ def sample(
         "dtype": dtype,
         "backend": backend,
         "mesh": mesh,
+        "text_kv": text_kv,
+        "without": without,
     }
     noise_key, solver_key = keys.split(key, 2)
     noise = draw_noise(noise_key, clean) if request.noise is None else request.noise
@@ -387,7 +403,7 @@ def run(
         request: see `Request`.
         key: for everything drawn, or one per sample [B].
         layout: the clip, from `clip`, at the size of the first stage.
-        options: numerics, dtype, backend, mesh and watch of `sample`.
+        options: numerics, dtype, backend, mesh, text_kv, without and watch of `sample`.
 
     Raises:
         ValueError: for a request that does not fit, or a missing adapter or upsampler.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from idlora_jax.savings import Saving, TextKV
 from idlora_jax.settings import Guidance, Numerics, require
 
 NEGATIVE_PROMPT = (
@@ -67,6 +68,9 @@ class SampleConfig:
         dtype: of the networks' weights and the transformer's computation.
         fp8: what becomes of kernels that the base holds in 8 bits: times their scales
             in `dtype`, or kept and widened a layer at a time (half the memory).
+        text_kv: keys and values of prompts: made once for all steps (2.0), or, in less
+            memory, once a step for the branches that share a prompt.
+        without: savings that are switched off, to find a fault; see `savings`.
         mesh: axes over devices, for instance "data=2,tensor=4"; empty: one device.
         memory: what happens if the memory plan exceeds the device: an error, a warning,
             or no plan at all.
@@ -120,6 +124,8 @@ class SampleConfig:
     numerics: Numerics = "exact"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fp8: Literal["upcast", "keep"] = "upcast"
+    text_kv: TextKV = "cached"
+    without: tuple[Saving, ...] = ()
     mesh: str = ""
     memory: Literal["check", "warn", "off"] = "check"
     text_cache: Path | None = None

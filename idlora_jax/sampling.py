@@ -166,6 +166,8 @@ def run(
         numerics=job.config.numerics,
         dtype=job.config.dtype,
         mesh=mesh,
+        text_kv=job.config.text_kv,
+        without=job.config.without,
         watch=watch,
     )
     return jax.block_until_ready(result)

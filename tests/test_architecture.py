@@ -14,8 +14,8 @@ LIBRARY = ROOT / "idlora_jax"
 LEVELS = (
     "__init__ types config config_codecs config_text config_upsampler config_video_vae "
     "config_vocoder files images mel sound voices sheets media settings assumed "
-    "optimizer_config experiment sample_config monitoring commandline presets tagged "
-    "axes",
+    "savings optimizer_config experiment sample_config monitoring commandline presets "
+    "tagged axes",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
     "norms wandb_run records solvers losses parallel shares distributed keys liveness "
     "flops",
