@@ -19,11 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from idlora_jax.config import BlindGradient
+from idlora_jax.model.chunked import chunked, plain
 from idlora_jax.model.layers import Dense, RMSNorm
 from idlora_jax.model.rope import Kind, Rope, rotate
 
 Backend = Literal["auto", "xla", "cudnn"]
-_SCORE_BYTES = 256 * 2**20  # larger score tensors are made a few queries at a time
 
 
 @functools.cache
@@ -37,8 +37,10 @@ def _ineligible(q: Array, bias: Array | None) -> str | None:
         return f"no CUDA device, the backend is {jax.default_backend()}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 or float16, got {q.dtype}"
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"cuDNN takes head widths of 8k <= 128, got {q.shape[-1]}"
+    capability = float(getattr(jax.devices()[0], "compute_capability", 0))
+    widest = 256 if capability >= 9 else 128
+    if q.shape[-1] % 8 or q.shape[-1] > widest:
+        return f"cuDNN takes head widths of 8k <= {widest} here, got {q.shape[-1]}"
     return None if bias is None else "an additive bias was given"
 
 
@@ -60,33 +62,6 @@ def choose(backend: Backend, q: Array, bias: Array | None) -> Literal["xla", "cu
     return "xla"
 
 
-def _xla(
-    q: Array, k: Array, v: Array, bias: Array | None, length: Array | None
-) -> Array:
-    """Plain attention; long sequences go a chunk of queries at a time."""
-    batch, rows, heads, _ = q.shape
-    call = functools.partial(
-        jax.nn.dot_product_attention, key_value_seq_lengths=length, implementation="xla"
-    )
-    per_row = 4 * batch * heads * k.shape[1]
-    if rows * per_row <= _SCORE_BYTES:
-        return call(q, k, v, bias=bias)
-    call = jax.checkpoint(call)  # a gradient makes the scores of a chunk again
-    chunk = max(1, _SCORE_BYTES // per_row)
-    pad = -rows % chunk
-    split = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    split = jnp.moveaxis(split.reshape(batch, -1, chunk, *q.shape[2:]), 1, 0)
-    if bias is None:
-        out = jax.lax.map(lambda part: call(part, k, v), split)
-    else:
-        b = jnp.pad(bias, ((0, 0), (0, 0), (0, pad), (0, 0)))
-        b = b.reshape(*bias.shape[:2], -1, chunk, bias.shape[-1])
-        parts = (split, jnp.moveaxis(b, 2, 0))
-        out = jax.lax.map(lambda p: call(p[0], k, v, bias=p[1]), parts)
-    out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, *q.shape[2:])
-    return out[:, :rows]
-
-
 def attend(
     q: Float[Array, "B T N K"],
     k: Float[Array, "B S N K"],
@@ -95,6 +70,7 @@ def attend(
     bias: Float[Array, "B T S"] | None = None,
     length: Int[Array, " B"] | None = None,
     backend: Backend = "auto",
+    chunks: bool = True,
 ) -> Float[Array, "B T N K"]:
     """softmax(q k^T / sqrt(K) + bias) v, softmax in float32.
 
@@ -105,10 +81,11 @@ def attend(
         bias: added to the scores, equal for all heads.
         length: valid keys per sample; keys from there on are not seen.
         backend: `auto` takes cuDNN where it is eligible, else XLA.
+        chunks: whether XLA makes large scores a part at a time (`chunked`).
     """
     bias4 = None if bias is None else bias[:, None].astype(q.dtype)
     if choose(backend, q, bias) == "xla":
-        return _xla(q, k, v, bias4, length)
+        return (chunked if chunks else plain)(q, k, v, bias4, length)
     call = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     if length is None:
         return call(q, k, v)
@@ -182,6 +159,7 @@ class Attention(nn.Module):
         rope: how pairs of channels are rotated.
         eps: of the norms.
         backend: see `attend`.
+        chunks: see `attend`.
 
     Source: ltx_core/model/transformer/attention.py: Attention.
     """
@@ -193,6 +171,7 @@ class Attention(nn.Module):
     rope: Kind = "split"
     eps: float = 1e-6
     backend: Backend = "auto"
+    chunks: bool = True
 
     def setup(self) -> None:
         """Create the projections, norms and the optional gate."""
@@ -207,11 +186,12 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:-1], self.heads, self.head_dim)
 
     def _finish(self, x: Array, attended: Array) -> Array:
+        # Before the gates, whose gradient reads it: it is not made again for them.
+        attended = checkpoint_name(attended, "attention")
         if self.gated:
             gates = 2.0 * jax.nn.sigmoid(self.gate(x))
             attended = attended * gates[..., None]
         merged = attended.reshape(*attended.shape[:-2], self.heads * self.head_dim)
-        merged = checkpoint_name(merged, "attention")
         return self.out(merged)
 
     def values_only(self, x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
@@ -262,7 +242,8 @@ class Attention(nn.Module):
             k, v, bias = _reordered(order, k, v, bias)
         sees = slice(blind_from)
         bias = None if bias is None else bias[:, sees]
-        out = attend(q[:, sees], k, v, bias=bias, length=length, backend=self.backend)
+        how = {"backend": self.backend, "chunks": self.chunks}
+        out = attend(q[:, sees], k, v, bias=bias, length=length, **how)
         if blind_from is not None:
             mean = blind(q[:, blind_from:], k, v, blind_gradient)
             out = jnp.concatenate([out, mean], axis=1)

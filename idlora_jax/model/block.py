@@ -135,12 +135,14 @@ class Half(nn.Module):
         own: this modality.
         other: the other one (width of the cross-attention's context).
         backend: see `attention.attend`.
+        chunks: see `attention.attend`.
     """
 
     cfg: TransformerConfig
     own: ModalityConfig
     other: ModalityConfig
     backend: Backend = "auto"
+    chunks: bool = True
 
     def setup(self) -> None:
         """Create the attentions, the feed-forward and the AdaLN tables."""
@@ -150,6 +152,7 @@ class Half(nn.Module):
             "rope": cfg.rope,
             "eps": cfg.norm_eps,
             "backend": self.backend,
+            "chunks": self.chunks,
             "out_width": own.width,
         }
         self.self_attn = Attention(own.heads, own.head_dim, **shared)
@@ -242,16 +245,18 @@ class AVBlock(nn.Module):
     Attributes:
         cfg: the transformer.
         backend: see `attention.attend`.
+        chunks: see `attention.attend`.
     """
 
     cfg: TransformerConfig
     backend: Backend = "auto"
+    chunks: bool = True
 
     def setup(self) -> None:
         """Create the two halves."""
         video, audio = self.cfg.video, self.cfg.audio
-        self.video = Half(self.cfg, video, audio, self.backend)
-        self.audio = Half(self.cfg, audio, video, self.backend)
+        self.video = Half(self.cfg, video, audio, self.backend, self.chunks)
+        self.audio = Half(self.cfg, audio, video, self.backend, self.chunks)
 
     def text_keys_values(self, text: AV, prompt_ada: AV) -> AV:
         """`KeysValues` of a projected prompt in this layer, of each modality."""

@@ -191,7 +191,7 @@ def apply(
     )
     call = Call(
         cfg,
-        AVBlock(cfg, backend),
+        AVBlock(cfg, backend, "chunked_attention" not in without),
         variables,
         cond,
         prepared.prompts,
