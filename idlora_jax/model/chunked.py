@@ -47,10 +47,11 @@ def _by_queries(
     v: Float[Array, "B S n K"],
     bias: Float[Array, "B 1 T S"] | None,
 ) -> Float[Array, "B T n K"]:
-    """`count` queries at a time; the last chunk is filled up."""
+    """At most `count` queries at a time, in equal chunks (the last is filled up)."""
     batch, rows = q.shape[:2]
     if count >= rows:
         return call(q, k, v, bias)
+    count = -(-rows // -(-rows // count))
     pad = -rows % count
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
     q = jnp.moveaxis(q.reshape(batch, -1, count, *q.shape[2:]), 1, 0)

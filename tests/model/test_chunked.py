@@ -61,7 +61,7 @@ def largest(f: Any) -> int:
     def walk(jaxpr: Any) -> None:
         for eqn in jaxpr.eqns:
             found.extend(v.aval.size for v in eqn.outvars)
-            for inner in jax.core.jaxprs_in_params(eqn.params):
+            for inner in flops._inner(eqn):
                 walk(inner)
 
     walk(jax.make_jaxpr(jax.grad(loss))(qkv()).jaxpr)
