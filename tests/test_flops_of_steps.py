@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from idlora_jax import flops, guidance, plans
+from idlora_jax import adapters, flops, guidance, plans
 from idlora_jax.config import LTX2_3_22B, LTX2_19B
 from idlora_jax.model import transformer
 from idlora_jax.savings import Saving
@@ -45,6 +45,18 @@ def stream(tokens: int, axes: int) -> Stream:
     return Stream(x, x, flag, pos, flag, None)
 
 
+def parts(generation: str, cached: bool = False, tokens: AV = TOKENS) -> Any:
+    """Shapes of the parameters, of streams, and of what is made once for all steps."""
+    cfg = CONFIGS[generation]
+    widths = (3840, 3840) if cfg.caption_projection else (4096, 2048)
+    texts = (Prompt(*(shape(1, TEXT, w) for w in widths)),) * 2
+    base = jax.eval_shape(lambda k: transformer.init(cfg, k), jax.random.key(0))
+    s = AV(stream(tokens.video, 3), stream(tokens.audio, 1))
+    cached = cached and not cfg.text_adaln
+    make = functools.partial(transformer.prepare, cfg, text_kv=cached)
+    return base, s, jax.eval_shape(make, {"params": base}, s, texts)
+
+
 @functools.cache
 def tera(
     generation: str,
@@ -55,16 +67,8 @@ def tera(
 ) -> float:
     """TFLOP of a step, with everything that is made once for all steps left out."""
     cfg = CONFIGS[generation]
-    widths = (3840, 3840) if cfg.caption_projection else (4096, 2048)
-    texts = (Prompt(*(shape(1, TEXT, w) for w in widths)),) * 2
-    base = jax.eval_shape(lambda k: transformer.init(cfg, k), jax.random.key(0))
-    s, variables = (
-        AV(stream(tokens.video, 3), stream(tokens.audio, 1)),
-        {"params": base},
-    )
-    cached = "text_kv" not in without and not cfg.text_adaln
-    make = functools.partial(transformer.prepare, cfg, text_kv=cached)
-    prepared = jax.eval_shape(make, variables, s, texts)
+    base, s, prepared = parts(generation, "text_kv" not in without, tokens)
+    variables = {"params": base}
     options: dict[str, Any] = {"targets": TARGETS, "mode": mode, "without": without}
 
     def run(variables: Any, prepared: Any, s: Any, level: Any) -> Any:
@@ -146,3 +150,39 @@ def test_a_call_without_guidance_costs_one_pass_and_no_more(generation: str):
     off = tuple(name for name in ALL if name not in ("two_timesteps", "text_kv"))
     assert plain == tera(generation, (Branch(),), off)
     assert 0 < plain - tera(generation, (refining.positive,)) < 0.005 * plain
+
+
+@functools.cache
+def training(generation: str, remat: str) -> float:
+    """TFLOP of a clip's forward and backward pass; only the adapter has a gradient."""
+    cfg = CONFIGS[generation]
+    base, s, prepared = parts(generation)
+    init = lambda key: adapters.init(key, base, 128)
+    lora = jax.eval_shape(init, jax.random.key(0))
+    bound = transformer.bind(cfg, targets=TARGETS, remat=remat)
+
+    def loss(lora: Any, base: Any, prepared: Any, s: Any, level: Any) -> Any:
+        variables = {"params": base, "lora": lora}
+        (out,) = bound(variables, prepared, s, AV(level, level))
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in out)
+
+    level = shape(1, dtype=jnp.float32)
+    traced = jax.make_jaxpr(jax.grad(loss))(lora, base, prepared, s, level)
+    return flops.count(traced) / 1e12
+
+
+@pytest.mark.slow
+@generations
+def test_the_selective_remat_makes_neither_attention_nor_feed_forward_again(generation):
+    cfg, (tv, ta) = CONFIGS[generation], TOKENS
+    v, a = cfg.video.width, cfg.audio.width
+    attended = tv * (tv + TEXT) * v + ta * (ta + TEXT) * a + 2 * tv * ta * a
+    up = 2 * 4 * (tv * v**2 + ta * a**2)
+    saved = training(generation, "full") - training(generation, "selective")
+    assert saved == pytest.approx(cfg.layers * (4 * attended + up) / 1e12, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_base_has_no_gradient():
+    """Forwards, and backwards through the activations alone; not three times as much."""
+    assert training("2.0", "none") < 2.2 * tera("2.0", (Branch(),))

@@ -83,7 +83,7 @@ def test_text_that_the_noise_level_modulates_is_not_made_once():
         parts("2.3", cached=True)
 
 
-@pytest.mark.parametrize("saving", set(SAVINGS) - {"rope_tables", "chunked_attention"})
+@pytest.mark.parametrize("saving", SAVINGS[:5])
 @generations
 def test_without_a_saving_there_is_more_to_do(generation: str, saving: Saving):
     less, more = (traced(generation, without=w) for w in ((), (saving,)))
