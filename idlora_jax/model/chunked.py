@@ -95,6 +95,8 @@ def chunked(
     def some(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(*x.shape[:2], -1, n, x.shape[-1]), 2, 0)
 
-    step = lambda qkv: _by_queries(call, count, *qkv, bias)
-    out = jax.lax.map(step, tuple(map(some, (q, k, v))))
+    def step(part: tuple[Array, Array, Array]) -> Array:
+        return _by_queries(call, count, *part, bias)
+
+    out = jax.lax.map(step, (some(q), some(k), some(v)))
     return jnp.moveaxis(out, 0, 2).reshape(q.shape)
