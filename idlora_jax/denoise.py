@@ -11,7 +11,7 @@ after: whatever the model returns for them is discarded, not multiplied by zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
@@ -25,7 +25,7 @@ from idlora_jax import guidance, keys
 from idlora_jax.guidance import Term
 from idlora_jax.keys import Keys
 from idlora_jax.solvers import Solver, Table
-from idlora_jax.types import AV, Branch, Stream, each
+from idlora_jax.types import AV, BOTH, Branch, Stream, each
 
 Mode = Literal["sweep", "pair", "batch"]
 Draws = Keys | AV | None
@@ -178,10 +178,15 @@ def make_denoiser(
 
 
 def predictions(denoise: Denoise, streams: AV, sigma: Any) -> tuple[AV, ...]:
-    """`predict` of a denoiser from `make_denoiser`: positive, then one per term."""
+    """`predict` of a denoiser from `make_denoiser`: positive, then one per term.
+
+    Of both modalities, also what its guidance does not read.
+    """
     assert isinstance(denoise, Partial) and isinstance(denoise.func, _Guided)
     variables, prepared, _ = denoise.args
-    return denoise.func.predict(variables, prepared, streams, sigma)
+    passes = tuple(replace(b, reads=BOTH) for b in denoise.func.branches)
+    whole = replace(denoise.func, branches=passes)
+    return whole.predict(variables, prepared, streams, sigma)
 
 
 class Record(NamedTuple):
