@@ -126,8 +126,12 @@ def test_what_is_there_is_told_and_left_alone(tiny_run, monkeypatch):
     assert not tiny_run.output.exists()
 
 
-def test_devices_of_a_mesh_need_not_be_here(tiny_run):
-    text = said(dataclasses.replace(tiny_run, mesh="data=64", batch_size=64))
+def test_devices_of_a_mesh_need_not_be_here(tiny_run, tmp_path):
+    held_out = tiny_run.heldout.clips
+    options = {"audio": 9, "reference": 5, "text": (128, 48)}
+    data = latent_folder.write(tmp_path / "many", 64 + held_out, **options)
+    many = dataclasses.replace(tiny_run, data=data, mesh="data=64", batch_size=64)
+    text = said(many)
     assert "batch 64" in text and "data=64" in text
     uneven = dataclasses.replace(tiny_run, mesh="tensor=3")
     with pytest.raises(ValueError, match="got tensor=3"):
