@@ -8,6 +8,7 @@ attention between modalities that is skipped.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any, get_args
 
 import jax
@@ -186,3 +187,35 @@ def test_the_selective_remat_makes_neither_attention_nor_feed_forward_again(gene
 def test_the_base_has_no_gradient():
     """Forwards, and backwards through the activations alone: less than three times."""
     assert training("2.0", "none") < 2.2 * tera("2.0", (Branch(),))
+
+
+def unrolled(body: Any, carry: Any, xs: Any) -> tuple[Any, None]:
+    """`jax.lax.scan` as a Python loop, of bodies that give nothing but their carry."""
+    for n in range(jax.tree.leaves(xs)[0].shape[0]):
+        carry, _ = body(carry, jax.tree.map(lambda x, n=n: x[n], xs))
+    return carry, None
+
+
+@pytest.mark.slow
+@generations
+def test_the_count_is_that_of_xla_for_layers_one_after_another(
+    generation: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Four layers; XLA counts elementwise work, too, and of a loop one round alone."""
+    four = replace(CONFIGS[generation], layers=4)
+    monkeypatch.setitem(CONFIGS, generation, four)
+    branches = guidance.branches([*TERMS[:2], guidance.stg([2]), TERMS[3]], 4)
+    base, s, prepared = parts(generation)
+    options: dict[str, Any] = {"targets": TARGETS, "branches": branches}
+    # Loops over heads and branches would count once, like those over layers.
+    options |= {"mode": "batch", "without": ("chunked_attention",)}
+    apply = transformer.bind(four, **options)
+
+    def run(base: Any, prepared: Any, s: Any, level: Any) -> Any:
+        return apply({"params": base}, prepared, s, AV(level, level))
+
+    args = (base, prepared, s, shape(1, dtype=jnp.float32))
+    counted = flops.count(jax.make_jaxpr(run)(*args))
+    monkeypatch.setattr(jax.lax, "scan", unrolled)
+    of_xla = jax.jit(lambda *args: run(*args)).lower(*args).cost_analysis()["flops"]
+    assert counted < of_xla < 1.03 * counted

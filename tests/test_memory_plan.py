@@ -204,7 +204,8 @@ def config_of(job: Job, settings: str) -> SampleConfig:
     """The job's settings with those that a message names."""
     words = settings.split()
     pairs = zip(words[::2], words[1::2], strict=True)
-    given = {k.removeprefix("--"): int(v) if v.isdigit() else v for k, v in pairs}
+    names = lambda k: k.removeprefix("--").replace("-", "_")
+    given = {names(k): int(v) if v.isdigit() else v for k, v in pairs}
     return dataclasses.replace(job.config, **given)
 
 
