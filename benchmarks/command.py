@@ -1,0 +1,53 @@
+"""Runs a suite, prints and writes its rows."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+
+from benchmarks import host, rows
+from benchmarks.ab import UnequalError
+from benchmarks.rows import Row
+from benchmarks.session import Options, Session
+from benchmarks.suites import passes, step, train
+
+SUITES: dict[str, Callable[[Session], list[Row]]] = {
+    "pass": passes.run,
+    "step": step.run,
+    "train": train.run,
+}
+
+
+def options_of(found: argparse.Namespace) -> Options:
+    """The arguments as a value."""
+    names = [f.name for f in dataclasses.fields(Options)]
+    return Options(**{name: getattr(found, name) for name in names})
+
+
+def run(found: argparse.Namespace) -> int:
+    """Measure, print, write; 1 where numbers were not equal, 2 for bad arguments.
+
+    Args:
+        found: from `arguments.read`.
+    """
+    options = options_of(found)
+    if options.threads != 1 and host.load() > host.MOST_LOAD:
+        print(
+            f"warning: load average {host.load():.1f}: times of several threads mean "
+            f"little above {host.MOST_LOAD}",
+            file=sys.stderr,
+        )
+    session = Session(options)
+    try:
+        made = SUITES[options.suite](session)
+    except UnequalError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    paths = rows.write(made, options.out, options.suite, session.about["host"])
+    print("wrote", *paths)
+    return 0

@@ -1,0 +1,65 @@
+"""Compiling functions of jax, and what XLA says of them."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+
+from benchmarks.works import Facts, Timed, timed
+from idlora_jax import flops
+
+
+class Program(NamedTuple):
+    """A compiled function.
+
+    Attributes:
+        call: runs it on arrays of the shapes it was compiled for.
+        facts: of it.
+    """
+
+    call: Callable[..., Any]
+    facts: Facts
+
+
+def facts_of(compiled: Any, traced: Any, took: Timed) -> Facts:
+    """What XLA says of a compiled function, and the FLOPs of what was traced."""
+    memory = compiled.memory_analysis()
+    known = {}
+    if memory is not None:
+        known = {
+            "temp_bytes": int(memory.temp_size_in_bytes),
+            "arg_bytes": int(memory.argument_size_in_bytes),
+            "out_bytes": int(memory.output_size_in_bytes),
+        }
+    count = flops.count(traced.jaxpr)
+    return Facts(count, took.wall, took.cpu, **known)
+
+
+def build(f: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Program:
+    """Compile a function for its arguments (arrays or shapes).
+
+    Args:
+        f: of jax; one that is jitted already is taken as it is.
+        args: all of its arguments.
+        donate: which of them it may write over.
+    """
+    jitted: Any = f if hasattr(f, "trace") else jax.jit(f, donate_argnums=donate)
+    (traced, lowered, compiled), took = timed(lambda: _compiled(jitted, args))
+    facts = facts_of(compiled, traced, took)
+    return Program(compiled, replace(facts, hlo_bytes=len(lowered.as_text())))
+
+
+def _compiled(jitted: Any, args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    traced = jitted.trace(*args)
+    lowered = traced.lower()
+    return traced, lowered, lowered.compile()
+
+
+def together(*programs: Program) -> Facts:
+    """Facts of programs that run one after the other."""
+    return functools.reduce(operator.add, (p.facts for p in programs))
