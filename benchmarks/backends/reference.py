@@ -9,9 +9,11 @@ front there, and are moved behind the targets in what is compared.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pathlib
 import sys
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +93,7 @@ def load(generation: Generation) -> None:
         raise NotRun(f"torch is not installed ({error})") from error
     if folder not in sys.path:
         sys.path.insert(0, folder)
+    _without_triton()
     try:
         import ltx_core
     except ImportError as error:
@@ -98,6 +101,21 @@ def load(generation: Generation) -> None:
     at = str(pathlib.Path(*map(str, ltx_core.__path__)).parent)
     if at != folder:
         raise NotRun(f"ltx_core was loaded from {at} already; use a process each")
+
+
+def _without_triton() -> None:
+    """Let the reference be imported where triton is not: on CPUs there is none.
+
+    One kernel of its fp8 loader is decorated by it at import; nothing here reads fp8.
+    """
+    if "triton" in sys.modules or importlib.util.find_spec("triton"):
+        return
+    language = types.ModuleType("triton.language")
+    language.constexpr = object  # pyright: ignore
+    package = types.ModuleType("triton")
+    package.jit = lambda kernel: kernel  # pyright: ignore
+    package.language = language  # pyright: ignore
+    sys.modules |= {"triton": package, "triton.language": language}
 
 
 def model(size: Size, generation: Generation) -> Any:
