@@ -47,7 +47,12 @@ def parser() -> argparse.ArgumentParser:
     add("--backends", type=_names, default=_names(names), help=f"default: {names}")
     add("--rounds", type=int, default=8, help="how often each is run (default: 8)")
     add("--threads", type=int, default=1, help="0: as libraries choose (default: 1)")
-    add("--pin", type=_core, default=-1, help="core to stay on, or none; last by default")
+    add(
+        "--pin",
+        type=_core,
+        default=-1,
+        help="core to stay on, or none; last by default",
+    )
     add("--tolerance", type=float, default=1e-4, help="of equality (default: 1e-4)")
     add("--variants", type=_names, default=(), help="of ours, by comma")
     add("--what", type=_names, default=WHAT, help=f"scaling: some of {','.join(WHAT)}")
@@ -74,7 +79,9 @@ def read(given: Sequence[str] | None = None) -> argparse.Namespace:
     ):
         unknown = [value for value in values if value not in allowed]
         if unknown or not values:
-            made.error(f"{name}: got {unknown or 'nothing'}, expected some of {allowed}")
+            made.error(
+                f"{name}: got {unknown or 'nothing'}, expected some of {allowed}"
+            )
     for name in ("rounds", "gigabytes", "minutes", "tolerance"):
         if getattr(found, name) <= 0:
             made.error(f"--{name}: got {getattr(found, name)}, expected more than 0")

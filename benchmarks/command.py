@@ -11,12 +11,15 @@ from benchmarks import host, rows
 from benchmarks.ab import UnequalError
 from benchmarks.rows import Row
 from benchmarks.session import Options, Session
-from benchmarks.suites import passes, step, train
+from benchmarks.suites import compiling, loading, memory, passes, step, train
 
 SUITES: dict[str, Callable[[Session], list[Row]]] = {
     "pass": passes.run,
     "step": step.run,
     "train": train.run,
+    "compile": compiling.run,
+    "memory": memory.run,
+    "load": loading.run,
 }
 
 

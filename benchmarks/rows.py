@@ -1,7 +1,7 @@
 """Results: one row per variant, as JSON lines, and a table of all of them.
 
-    <out>/<date>-<host>-<suite>.jsonl     every field, appended to
-    <out>/summary.csv                     the columns one looks at, of all these files
+<out>/<date>-<host>-<suite>.jsonl     every field, appended to
+<out>/summary.csv                     the columns one looks at, of all these files
 """
 
 from __future__ import annotations

@@ -10,38 +10,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from benchmarks import programs
-from benchmarks.cases import Case, TrainCase
+from benchmarks.cases import Case
 from benchmarks.programs import Program
 from benchmarks.works import Outputs, Work
-from idlora_jax import (
-    adapters,
-    denoise,
-    experiment,
-    guidance,
-    optimizers,
-    training,
-)
-from idlora_jax.config import AUDIO_TARGETS, TransformerConfig
+from idlora_jax import denoise, guidance
+from idlora_jax.config import TransformerConfig
 from idlora_jax.denoise import Mode
 from idlora_jax.guidance import Term
 from idlora_jax.model import transformer
-from idlora_jax.optimizer_config import Optimizer
-from idlora_jax.types import AV, Adapter, Branch, Tree
-from idlora_jax.weights import lora
+from idlora_jax.types import AV, Branch, Tree
 
 NAME = "jax"
 SCALES = {"text": (3, 7), "identity": (0, 3), "stg": (1, 1), "bimodal": (3, 3)}
 """Of the measured guided step, for video and audio."""
-STEPS = 1000
-"""Updates over which the learning rate of the measured training falls."""
 
 Variant = Literal["sweep", "batch", "pair", "separate", "five passes"]
 VARIANTS: tuple[Variant, ...] = ("sweep", "batch", "separate", "five passes")
-Remat = Literal["none", "selective", "full"]
-REMATS: tuple[Remat, ...] = ("full", "selective", "none")
 
 
 def random_base(cfg: TransformerConfig, dtype: Any = jnp.float32) -> Tree:
@@ -87,9 +73,24 @@ def arrays(pair: AV) -> Outputs:
     return {"video": np.asarray(pair.video), "audio": np.asarray(pair.audio)}
 
 
+def shapes(cfg: TransformerConfig, dtype: Any = jnp.float32) -> Tree:
+    """Of the weights: enough to compile, nothing is allocated."""
+    found = jax.eval_shape(lambda key: transformer.init(cfg, key), jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), found)
+
+
 def prepare(case: Case, variables: Mapping[str, Tree]) -> Any:
-    """Rotary tables and projected prompts, made once."""
+    """Rotary tables and projected prompts."""
     return transformer.prepare(case.cfg, variables, case.streams, case.prompts)
+
+
+def prepared(case: Case, variables: Mapping[str, Tree]) -> Any:
+    """The same, made once and compiled; of shapes, their shapes."""
+    make = lambda v: prepare(case, v)
+    abstract = isinstance(jax.tree.leaves(variables)[0], jax.ShapeDtypeStruct)
+    if abstract:
+        return jax.eval_shape(make, variables)
+    return jax.block_until_ready(jax.jit(make)(variables))
 
 
 def levels(case: Case) -> AV:
@@ -98,15 +99,20 @@ def levels(case: Case) -> AV:
 
 
 def forward_program(case: Case, base: Tree, **options: Any) -> tuple[Program, Any]:
-    """One pass, and the arguments it is called with."""
+    """One pass, and the arguments it is called with.
+
+    Args:
+        case: what of.
+        base: weights, or their `shapes`.
+        options: of `transformer.apply`.
+    """
     variables = {"params": base}
-    prepared = jax.block_until_ready(jax.jit(lambda v: prepare(case, v))(variables))
 
     def run(variables: Any, prepared: Any, streams: AV, sigma: AV) -> AV:
         args = (case.cfg, variables, prepared, streams, sigma)
         return transformer.apply(*args, targets=case.targets, **options)[0]
 
-    args = (variables, prepared, case.streams, levels(case))
+    args = (variables, prepared(case, variables), case.streams, levels(case))
     return programs.build(run, *args), args
 
 
@@ -117,14 +123,13 @@ def forward(case: Case, base: Tree, **options: Any) -> Work:
     return Work("pass", NAME, run, arrays, program.facts)
 
 
-def denoiser(case: Case, base: Tree, mode: Mode, **options: Any) -> Any:
+def denoiser(case: Case, base: Tree, mode: Mode = "sweep", **options: Any) -> Any:
     """The guided prediction as sampling makes it; a pytree of its arrays."""
-    variables = {"params": base}
-    prepared = jax.block_until_ready(jax.jit(lambda v: prepare(case, v))(variables))
+    variables = {"params": base, **options.pop("collections", {})}
     return denoise.make_denoiser(
         transformer.bind(case.cfg, **options),
         variables,
-        prepared,
+        prepared(case, variables),
         terms(case.size.stg),
         case.targets,
         depth=case.cfg.layers,
@@ -135,6 +140,16 @@ def denoiser(case: Case, base: Tree, mode: Mode, **options: Any) -> Any:
 def guided(predict: Any, streams: AV, sigma: Any, weights: Any) -> AV:
     """The clean prediction of one step."""
     return predict(streams, sigma, weights, ())[0]
+
+
+def step_program(
+    case: Case, base: Tree, mode: Mode = "sweep", **options: Any
+) -> tuple[Program, Any]:
+    """One guided step, and the arguments it is called with; see `step`."""
+    made = denoiser(case, base, mode, **options)
+    table = weights(terms(case.size.stg))
+    args = (made, case.streams, np.float32(case.sigma), table)
+    return programs.build(guided, *args), args
 
 
 def step(case: Case, base: Tree, variant: Variant = "sweep", **options: Any) -> Work:
@@ -151,10 +166,7 @@ def step(case: Case, base: Tree, variant: Variant = "sweep", **options: Any) -> 
     if variant in ("separate", "five passes"):
         shared = variant == "separate"
         return _separate(case, base, shared, variant, **options)
-    made = denoiser(case, base, variant, **options)
-    table = weights(terms(case.size.stg))
-    args = (made, case.streams, np.float32(case.sigma), table)
-    program = programs.build(guided, *args)
+    program, args = step_program(case, base, variant, **options)
     run = lambda: jax.block_until_ready(program.call(*args))
     return Work(variant, NAME, run, arrays, program.facts)
 
@@ -165,18 +177,18 @@ def _separate(
     own, variables = terms(case.size.stg), {"params": base}
     branches = guidance.branches(own, case.cfg.layers)
     bound = transformer.bind(case.cfg, **options)
-    prepared = jax.block_until_ready(jax.jit(lambda v: prepare(case, v))(variables))
+    made = prepared(case, variables)
 
-    def one(branch: Branch, variables: Any, prepared: Any, streams: AV, s: Any) -> AV:
+    def one(branch: Branch, variables: Any, made: Any, streams: AV, s: Any) -> AV:
         if not shared:
-            prepared = prepare(case._replace(streams=streams), variables)
-        args = (bound, variables, prepared, streams, s, (branch,))
+            made = prepare(case._replace(streams=streams), variables)
+        args = (bound, variables, made, streams, s, (branch,))
         return denoise.predict(*args, targets=case.targets)[0]
 
     def fold(x0: tuple[AV, ...], table: Any) -> AV:
         return guidance.combine(x0, table)
 
-    args = (variables, prepared, case.streams, np.float32(case.sigma))
+    args = (variables, made, case.streams, np.float32(case.sigma))
     passes = [programs.build(functools.partial(one, b), *args) for b in branches]
     table = weights(own)
     found = tuple(p.call(*args) for p in passes)
@@ -188,70 +200,3 @@ def _separate(
         )
 
     return Work(variant, NAME, run, arrays, programs.together(*passes, last))
-
-
-def adapter(case: TrainCase, base: Tree) -> Adapter:
-    """Of ID-LoRA's modules; b is not zero, so that a has gradients, too."""
-    rng = np.random.default_rng(1)
-    made = adapters.init(jax.random.key(0), base, case.size.rank, AUDIO_TARGETS)
-
-    def one(path: Any, leaf: Any) -> Any:
-        if path[-1].key == "a":
-            return leaf
-        return jnp.asarray(0.02 * rng.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(one, made)
-
-
-def task(case: TrainCase, remat: Remat, dtype: Any = jnp.float32) -> training.Task:
-    """The published training mode at alpha = rank."""
-    strategy = experiment.Strategy(sigma=case.cfg.generation)
-    bound = transformer.bind(case.cfg, remat=remat)
-    prepare = functools.partial(transformer.prepare, case.cfg)
-    return training.Task(bound, prepare, strategy, dtype=dtype)
-
-
-def optimizer() -> Any:
-    """The published one."""
-    return optimizers.make_optimizer(Optimizer(), STEPS)
-
-
-def train_program(
-    case: TrainCase, base: Tree, remat: Remat, dtype: Any = jnp.float32
-) -> tuple[Program, Any]:
-    """One training step, and the state it starts from; states are written over."""
-    tx = optimizer()
-    state = training.init(adapter(case, base), base, tx)
-    made = training.make_train_step(task(case, remat, dtype), tx, jax.random.key(0))
-    return programs.build(made, state, base, case.batch, case.draws), state
-
-
-def train(case: TrainCase, base: Tree, remat: Remat = "full") -> Work:
-    """One step of LoRA training, the optimizer's update included.
-
-    Compared are the loss and, as the first moment that AdamW keeps of it, the gradient
-    (clipped, times 0.1). Every run goes on from the state of the last one.
-    """
-    program, state = train_program(case, base, remat)
-    held = [state]
-
-    def run() -> Any:
-        held[0], metrics = program.call(held[0], base, case.batch, case.draws)
-        return jax.block_until_ready((metrics, held[0]))
-
-    return Work(f"remat {remat}", NAME, run, _trained, program.facts)
-
-
-def _trained(done: Any) -> Outputs:
-    metrics, state = done
-    moment = optax.tree.get(state.opt_state, "mu")
-    tensors = lora.export(jax.tree.map(jnp.asarray, moment))
-    return gradient_outputs(metrics["loss"], tensors)
-
-
-def gradient_outputs(loss: Any, moments: Mapping[str, Any]) -> Outputs:
-    """Loss and first moments, one array, in the order of the original keys."""
-    flat = [np.ravel(np.asarray(moments[name])) for name in sorted(moments)]
-    return {"loss": np.asarray(loss), "gradient": np.concatenate(flat)}
-
-

@@ -9,17 +9,19 @@ front there, and are moved behind the targets in what is compared.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pathlib
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from benchmarks.backends.jax import SCALES, gradient_outputs
+from benchmarks.backends.jax import SCALES
+from benchmarks.backends.jax_training import gradient_outputs
 from benchmarks.cases import Case, TrainCase
 from benchmarks.configs import SIGMA, Size
 from benchmarks.works import NotRun, Outputs, Work
@@ -93,9 +95,10 @@ def load(generation: Generation) -> None:
         raise NotRun(f"torch is not installed ({error})") from error
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    _without_triton()
     try:
-        import ltx_core
+        with _standing_in_for_triton():
+            import ltx_core
+            import ltx_core.model.transformer  # pyright: ignore
     except ImportError as error:
         raise NotRun(f"ltx_core cannot be imported: {error}") from error
     at = str(pathlib.Path(*map(str, ltx_core.__path__)).parent)
@@ -103,12 +106,14 @@ def load(generation: Generation) -> None:
         raise NotRun(f"ltx_core was loaded from {at} already; use a process each")
 
 
-def _without_triton() -> None:
+@contextlib.contextmanager
+def _standing_in_for_triton() -> Iterator[None]:
     """Let the reference be imported where triton is not: on CPUs there is none.
 
     One kernel of its fp8 loader is decorated by it at import; nothing here reads fp8.
     """
-    if "triton" in sys.modules or importlib.util.find_spec("triton"):
+    if "ltx_core" in sys.modules or importlib.util.find_spec("triton"):
+        yield
         return
     language = types.ModuleType("triton.language")
     language.constexpr = object  # pyright: ignore
@@ -116,6 +121,10 @@ def _without_triton() -> None:
     package.jit = lambda kernel: kernel  # pyright: ignore
     package.language = language  # pyright: ignore
     sys.modules |= {"triton": package, "triton.language": language}
+    try:
+        yield
+    finally:
+        del sys.modules["triton"], sys.modules["triton.language"]
 
 
 def model(size: Size, generation: Generation) -> Any:
@@ -192,9 +201,7 @@ def _pair(case: Case, prompt: int, *, reference: bool = True) -> AV:
         cut = a._replace(x=a.x[:, :n], denoise=a.denoise[:, :n], pos=a.pos[:, :, :n])
         streams = AV(streams.video, cut)
     counts = {"video": 0, "audio": count}
-    return AV(
-        *(_modality(n, streams, text, counts[n], case.sigma) for n in AV._fields)
-    )
+    return AV(*(_modality(n, streams, text, counts[n], case.sigma) for n in AV._fields))
 
 
 def _outputs(case: Case) -> Any:
@@ -334,9 +341,7 @@ def train(
     prompt = case.batch.prompt
     video, audio = (
         dataclasses.replace(m, timesteps=m.timesteps[..., 0])
-        for m in (
-            _modality(k, streams, prompt, counts[k], SIGMA) for k in AV._fields
-        )
+        for m in (_modality(k, streams, prompt, counts[k], SIGMA) for k in AV._fields)
     )
     video, audio = _masked(video, audio, n)
     wanted = [_tensor(v) for v in velocity]

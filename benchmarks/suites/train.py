@@ -8,7 +8,8 @@ import jax
 
 from benchmarks import cases
 from benchmarks.backends import diffusers, reference
-from benchmarks.backends import jax as ours
+from benchmarks.backends import jax as jax_backend
+from benchmarks.backends import jax_training as ours
 from benchmarks.rows import Row
 from benchmarks.session import Session, Weights
 from benchmarks.works import NotRun, Work
@@ -58,6 +59,6 @@ def run(session: Session) -> list[Row]:
             missing[reference.NAME] = str(error)
     if diffusers.NAME in options.backends:
         missing[diffusers.NAME] = "it has no training step"
-    if ours.NAME in options.backends:
+    if jax_backend.NAME in options.backends:
         works += [ours.train(case, weights.base, remat) for remat in chosen]
     return session.not_run(missing, "checkpoint") + session.compare(works)
