@@ -1,7 +1,8 @@
 """What is computed: the streams, prompts and noise level that every backend gets.
 
 Numbers come from `numpy.random.default_rng(0)`. The reference voice stands behind the
-audio that is made, as everywhere in the library; backends that want it in front move it.
+audio that is made, as everywhere in the library; backends that want it in front move
+it.
 """
 
 from __future__ import annotations
@@ -76,12 +77,12 @@ def make(size: Size, generation: Generation, dtype: str = "float32") -> Case:
     Args:
         size: from `configs`.
         generation: of the transformer.
-        dtype: of tokens and prompts.
+        dtype: of prompts; tokens are float32, as the sampler's state is.
     """
     rng, cfg = np.random.default_rng(0), size.transformer(generation)
 
     def numbers(*shape: int) -> jnp.ndarray:
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32).astype(dtype)
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
     tokens = size.video // size.grid[0]
     video = streams.target(numbers(1, size.video, 128), video_grid(size))

@@ -11,7 +11,17 @@ from benchmarks import host, rows
 from benchmarks.ab import UnequalError
 from benchmarks.rows import Row
 from benchmarks.session import Options, Session
-from benchmarks.suites import compiling, loading, memory, passes, step, train
+from benchmarks.suites import (
+    codecs,
+    compiling,
+    loading,
+    memory,
+    passes,
+    scaling,
+    step,
+    text,
+    train,
+)
 
 SUITES: dict[str, Callable[[Session], list[Row]]] = {
     "pass": passes.run,
@@ -20,6 +30,9 @@ SUITES: dict[str, Callable[[Session], list[Row]]] = {
     "compile": compiling.run,
     "memory": memory.run,
     "load": loading.run,
+    "scaling": scaling.run,
+    "vae": codecs.run,
+    "text": text.run,
 }
 
 

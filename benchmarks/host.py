@@ -1,4 +1,4 @@
-"""The machine: threads and cores are set before jax or torch are loaded, then described.
+"""The machine: threads and cores, set before jax or torch are loaded; what it is.
 
 `prepare` must run first: XLA and OpenMP read the environment once, and size their
 thread pools by the cores that the process may use.

@@ -130,15 +130,32 @@ class Session:
         Raises:
             UnequalError: if they are not; nothing is timed then.
         """
-        options = self.options
-        firsts = ab.check(works, options.tolerance)
+        firsts = ab.check(works, self.options.tolerance)
         for work, first in zip(works, firsts, strict=True):
             print(
                 f"equal: {work.backend} {work.variant}: max |d| "
                 f"{first.error.absolute:.2e}, relative {first.error.relative:.2e}",
                 flush=True,
             )
-        limit = roofline.peak()
+        return self._timed(works, firsts, **fields)
+
+    def alone(self, works: Sequence[Work], **fields: Any) -> list[Row]:
+        """Time works that compute different things in turns; each must be finite.
+
+        Args:
+            works: ratios are to the first.
+            fields: of every row.
+
+        Raises:
+            UnequalError: if one gives a number that is not finite.
+        """
+        firsts = [ab.check([work], 0.0)[0] for work in works]
+        return self._timed(works, firsts, **fields)
+
+    def _timed(
+        self, works: Sequence[Work], firsts: Sequence[ab.First], **fields: Any
+    ) -> list[Row]:
+        options, limit = self.options, roofline.peak()
         times = ab.measure(works, options.rounds)
         base = f"{works[0].backend} {works[0].variant}"
         load, rows = host.load(), []

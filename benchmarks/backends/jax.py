@@ -15,12 +15,13 @@ from benchmarks import programs
 from benchmarks.cases import Case
 from benchmarks.programs import Program
 from benchmarks.works import Outputs, Work
-from idlora_jax import denoise, guidance
+from idlora_jax import denoise, guidance, pipeline, schedules, solvers
 from idlora_jax.config import TransformerConfig
 from idlora_jax.denoise import Mode
 from idlora_jax.guidance import Term
 from idlora_jax.model import transformer
-from idlora_jax.types import AV, Branch, Tree
+from idlora_jax.types import AV, Branch, Tree, each
+from idlora_jax.weights import rules
 
 NAME = "jax"
 SCALES = {"text": (3, 7), "identity": (0, 3), "stg": (1, 1), "bimodal": (3, 3)}
@@ -31,21 +32,29 @@ VARIANTS: tuple[Variant, ...] = ("sweep", "batch", "separate", "five passes")
 
 
 def random_base(cfg: TransformerConfig, dtype: Any = jnp.float32) -> Tree:
-    """Weights where nobody else makes them: as `init` does, tables of deviation 0.1."""
+    """Weights where nobody else makes them: kernels of variance 1 / fan-in.
 
-    @jax.jit
+    Layers are drawn one after the other, so that memory holds the weights and a layer.
+    """
+    found = shapes(cfg, dtype)
+
+    def one(key: Any, path: str, leaf: Any) -> Any:
+        kind, stacked = path.rpartition("/")[2], path.startswith("blocks/")
+        if kind in ("bias", "scale"):
+            return jnp.full(leaf.shape, float(kind == "scale"), leaf.dtype)
+        own = leaf.shape[1:] if stacked else leaf.shape
+        size = 0.1 if kind.endswith("table") else own[0] ** -0.5
+        draw = lambda k: (size * jax.random.normal(k, own)).astype(leaf.dtype)
+        key = jax.random.fold_in(key, hash_of(path))
+        if not stacked:
+            return draw(key)
+        return jax.lax.map(draw, jax.random.split(key, leaf.shape[0]))
+
     def make(key: Any) -> Tree:
-        def one(path: Any, leaf: Any) -> Any:
-            name = path[-1].key
-            if name.endswith("table"):
-                seed = hash_of(jax.tree_util.keystr(path))
-                noise = jax.random.normal(jax.random.fold_in(key, seed), leaf.shape)
-                leaf = 0.1 * noise
-            return leaf.astype(dtype)
+        flat = rules.flatten(found)
+        return rules.nest({path: one(key, path, leaf) for path, leaf in flat.items()})
 
-        return jax.tree_util.tree_map_with_path(one, transformer.init(cfg, key))
-
-    return make(jax.random.key(0))
+    return jax.jit(make)(jax.random.key(0))
 
 
 def hash_of(text: str) -> int:
@@ -79,6 +88,18 @@ def shapes(cfg: TransformerConfig, dtype: Any = jnp.float32) -> Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), found)
 
 
+def dtype_of(base: Tree) -> Any:
+    """What the transformer computes in."""
+    return base["blocks"]["video"]["ff"]["up"]["kernel"].dtype
+
+
+def network(case: Case, base: Tree, **options: Any) -> Any:
+    """The transformer as sampling takes it; options are those of `transformer.apply`."""
+    if options:
+        return transformer.bind(case.cfg, **options)
+    return pipeline.network(case.cfg, jnp.dtype(dtype_of(base)).name)
+
+
 def prepare(case: Case, variables: Mapping[str, Tree]) -> Any:
     """Rotary tables and projected prompts."""
     return transformer.prepare(case.cfg, variables, case.streams, case.prompts)
@@ -95,7 +116,7 @@ def prepared(case: Case, variables: Mapping[str, Tree]) -> Any:
 
 def levels(case: Case) -> AV:
     """Noise levels, [B] each."""
-    return AV(*(jnp.full(s.x.shape[:1], case.sigma, s.x.dtype) for s in case.streams))
+    return AV(*(jnp.full(s.x.shape[:1], case.sigma, jnp.float32) for s in case.streams))
 
 
 def forward_program(case: Case, base: Tree, **options: Any) -> tuple[Program, Any]:
@@ -108,8 +129,11 @@ def forward_program(case: Case, base: Tree, **options: Any) -> tuple[Program, An
     """
     variables = {"params": base}
 
+    dtype = dtype_of(base)
+
     def run(variables: Any, prepared: Any, streams: AV, sigma: AV) -> AV:
-        args = (case.cfg, variables, prepared, streams, sigma)
+        cast = each(lambda s: s._replace(x=s.x.astype(dtype)), streams)
+        args = (case.cfg, variables, prepared, cast, sigma)
         return transformer.apply(*args, targets=case.targets, **options)[0]
 
     args = (variables, prepared(case, variables), case.streams, levels(case))
@@ -123,18 +147,47 @@ def forward(case: Case, base: Tree, **options: Any) -> Work:
     return Work("pass", NAME, run, arrays, program.facts)
 
 
-def denoiser(case: Case, base: Tree, mode: Mode = "sweep", **options: Any) -> Any:
-    """The guided prediction as sampling makes it; a pytree of its arrays."""
-    variables = {"params": base, **options.pop("collections", {})}
+def denoiser(
+    case: Case, base: Tree, mode: Mode = "sweep", *, plain: bool = False, **options: Any
+) -> Any:
+    """The guided prediction as sampling makes it; a pytree of its arrays.
+
+    Args:
+        case: what of.
+        base: weights, or their `shapes`.
+        mode: how branches are laid out.
+        plain: without guidance, as in a second stage.
+        options: of `transformer.apply`.
+    """
+    variables = {"params": base}
     return denoise.make_denoiser(
-        transformer.bind(case.cfg, **options),
+        network(case, base, **options),
         variables,
         prepared(case, variables),
-        terms(case.size.stg),
+        () if plain else terms(case.size.stg),
         case.targets,
         depth=case.cfg.layers,
         branches=mode,
     )
+
+
+def sampler(
+    case: Case, base: Tree, steps: int, *, plain: bool = False, **options: Any
+) -> Any:
+    """Sampling from noise by so many guided steps: call it for the streams at the end.
+
+    Args:
+        case: what of; its tokens are the noise.
+        base: weights.
+        steps: of the published schedule, by Euler.
+        plain: without guidance.
+        options: see `denoiser`.
+    """
+    predict = denoiser(case, base, plain=plain, **options)
+    sigmas, own = schedules.ltx2(steps), () if plain else terms(case.size.stg)
+    table = guidance.weights(own, {t.name: SCALES[t.name] for t in own}, steps)
+    run = functools.partial(denoise.sample, predict, solvers.euler(), sigmas)
+    return lambda: jax.block_until_ready(run(case.streams, weights=table))
 
 
 def guided(predict: Any, streams: AV, sigma: Any, weights: Any) -> AV:
@@ -176,7 +229,7 @@ def _separate(
 ) -> Work:
     own, variables = terms(case.size.stg), {"params": base}
     branches = guidance.branches(own, case.cfg.layers)
-    bound = transformer.bind(case.cfg, **options)
+    bound = network(case, base, **options)
     made = prepared(case, variables)
 
     def one(branch: Branch, variables: Any, made: Any, streams: AV, s: Any) -> AV:

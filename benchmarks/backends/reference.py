@@ -52,16 +52,13 @@ _FIXED = {
     "use_middle_indices_grid": True,
 }
 """What the reference's configurator insists on reading."""
-MODULES = tuple(
-    f"{attention}.{part}"
-    for attention in (
-        "audio_attn1",
-        "audio_attn2",
-        "audio_to_video_attn",
-        "video_to_audio_attn",
-    )
-    for part in ("to_q", "to_k", "to_v", "to_out.0")
-) + ("audio_ff.net.0.proj", "audio_ff.net.2")
+_ATTENTIONS = "audio_attn1 audio_attn2 audio_to_video_attn video_to_audio_attn".split()
+_PARTS = ("to_q", "to_k", "to_v", "to_out.0")
+MODULES = (
+    *(f"{attention}.{part}" for attention in _ATTENTIONS for part in _PARTS),
+    "audio_ff.net.0.proj",
+    "audio_ff.net.2",
+)
 """The 18 modules of a layer that ID-LoRA trains."""
 
 
@@ -147,7 +144,7 @@ def _filled(made: Any) -> Any:
     """With what the configurator leaves without numbers, and the tables, drawn."""
     import torch
 
-    for name, module in made.named_modules():
+    for module in made.modules():
         if any(p.is_meta for p in module.parameters(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
             module.reset_parameters()

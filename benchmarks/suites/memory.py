@@ -23,7 +23,7 @@ def run(session: Session) -> list[Row]:
 
 
 def rows(session: Session) -> Iterator[Row]:
-    """See `run`; each row also has the bytes of the weights and of one clip's states."""
+    """See `run`; rows also have the bytes of the weights and of one clip's states."""
     options = session.options
     size, generation = options.size, options.generation
     case = cases.make(size, generation)
