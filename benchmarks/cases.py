@@ -88,8 +88,9 @@ def make(size: Size, generation: Generation, dtype: str = "float32") -> Case:
     video = streams.target(numbers(1, size.video, 128), video_grid(size))
     video = streams.fix_first_frame(video, numbers(1, tokens, 128))
     audio = streams.target(numbers(1, size.audio, 128), AudioGrid(size.audio))
-    pos = references.audio_positions(size.reference)
-    audio = streams.add_reference(audio, numbers(1, size.reference, 128), pos)
+    if size.reference:
+        pos = references.audio_positions(size.reference)
+        audio = streams.add_reference(audio, numbers(1, size.reference, 128), pos)
     made = [_prompt(rng, size, cfg) for _ in range(2)]
     prompts = tuple(
         p._replace(video=p.video.astype(dtype), audio=p.audio.astype(dtype))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -102,18 +101,16 @@ def random_params(name: str, cfg: Any, dtype: Any = jnp.float32) -> Tree:
 def drawn(shapes: Tree, dtype: Any, name: str = "", cfg: Any = None) -> Tree:
     """Numbers for shapes: kernels random, biases 0, everything else 1."""
 
-    def one(key: Any, path: str, leaf: Any) -> Any:
+    def one(path: str, leaf: Any) -> Any:
         kind = path.rpartition("/")[2]
         if kind not in ("kernel", "embedding", "registers"):
-            zero = kind in ("bias", "mean")
-            return jnp.full(leaf.shape, 0.0 if zero else 1.0, dtype)
-        key = jax.random.fold_in(key, hash_of(path))
-        size = float(np.prod(leaf.shape[:-1])) ** -0.5
-        return (size * jax.random.normal(key, leaf.shape)).astype(dtype)
+            value = 0.0 if kind in ("bias", "mean") else 1.0
+            return np.full(leaf.shape, value, np.float32)
+        rng = np.random.default_rng(hash_of(path))
+        size = np.float32(np.prod(leaf.shape[:-1]) ** -0.5)
+        return size * rng.standard_normal(leaf.shape, np.float32)
 
-    def make(key: Any) -> Mapping[str, Any]:
-        flat = rules.flatten(shapes)
-        return rules.nest({path: one(key, path, leaf) for path, leaf in flat.items()})
-
-    made = jax.jit(make)(jax.random.key(0))
-    return vocoder.with_buffers(cfg, made) if name == "vocoder" else made
+    flat = rules.flatten(shapes)
+    made = rules.nest({path: one(path, leaf) for path, leaf in flat.items()})
+    made = vocoder.with_buffers(cfg, made) if name == "vocoder" else made
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), made)

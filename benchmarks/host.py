@@ -125,6 +125,20 @@ def own_memory() -> int:
     return of("VmHWM:") - of("RssFile:") - of("RssShmem:")
 
 
+def device_gib() -> float | None:
+    """Memory of the first NVIDIA GPU, without loading jax; None where there is none."""
+    command = [
+        "nvidia-smi",
+        "--query-gpu=memory.total",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return float(done.stdout.splitlines()[0]) / 1024
+
+
 def about() -> dict[str, Any]:
     """Everything of the machine and the program that a row records."""
     import jax

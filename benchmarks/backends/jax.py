@@ -31,30 +31,27 @@ Variant = Literal["sweep", "batch", "pair", "separate", "five passes"]
 VARIANTS: tuple[Variant, ...] = ("sweep", "batch", "separate", "five passes")
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _drawn(key: Any, shape: tuple[int, ...], size: float, dtype: Any) -> Any:
+    """Normal numbers, one by one along the first axis, so that little is held."""
+    draw = lambda k: (size * jax.random.normal(k, shape[1:])).astype(dtype)
+    return jax.lax.map(draw, jax.random.split(key, shape[0]))
+
+
 def random_base(cfg: TransformerConfig, dtype: Any = jnp.float32) -> Tree:
-    """Weights where nobody else makes them: kernels of variance 1 / fan-in.
+    """Weights where nobody else makes them: kernels of variance 1 / fan-in."""
 
-    Layers are drawn one after the other, so that memory holds the weights and a layer.
-    """
-    found = shapes(cfg, dtype)
-
-    def one(key: Any, path: str, leaf: Any) -> Any:
+    def one(path: str, leaf: Any) -> Any:
         kind, stacked = path.rpartition("/")[2], path.startswith("blocks/")
         if kind in ("bias", "scale"):
             return jnp.full(leaf.shape, float(kind == "scale"), leaf.dtype)
-        own = leaf.shape[1:] if stacked else leaf.shape
-        size = 0.1 if kind.endswith("table") else own[0] ** -0.5
-        draw = lambda k: (size * jax.random.normal(k, own)).astype(leaf.dtype)
-        key = jax.random.fold_in(key, hash_of(path))
-        if not stacked:
-            return draw(key)
-        return jax.lax.map(draw, jax.random.split(key, leaf.shape[0]))
+        own = leaf.shape if stacked else (1, *leaf.shape)
+        size = 0.1 if kind.endswith("table") else float(own[1]) ** -0.5
+        key = jax.random.key(hash_of(path))
+        return _drawn(key, own, size, leaf.dtype).reshape(leaf.shape)
 
-    def make(key: Any) -> Tree:
-        flat = rules.flatten(found)
-        return rules.nest({path: one(key, path, leaf) for path, leaf in flat.items()})
-
-    return jax.jit(make)(jax.random.key(0))
+    flat = rules.flatten(shapes(cfg, dtype))
+    return rules.nest({path: one(path, leaf) for path, leaf in flat.items()})
 
 
 def hash_of(text: str) -> int:
@@ -94,7 +91,7 @@ def dtype_of(base: Tree) -> Any:
 
 
 def network(case: Case, base: Tree, **options: Any) -> Any:
-    """The transformer as sampling takes it; options are those of `transformer.apply`."""
+    """The transformer as sampling takes it; options are of `transformer.apply`."""
     if options:
         return transformer.bind(case.cfg, **options)
     return pipeline.network(case.cfg, jnp.dtype(dtype_of(base)).name)

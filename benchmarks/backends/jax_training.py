@@ -75,13 +75,15 @@ def train_program(
     return programs.build(made, state, base, case.batch, case.draws), state
 
 
-def train(case: TrainCase, base: Tree, remat: Remat = "full") -> Work:
+def train(
+    case: TrainCase, base: Tree, remat: Remat = "full", dtype: Any = jnp.float32
+) -> Work:
     """One step of LoRA training, the optimizer's update included.
 
     Compared are the loss and, as the first moment that AdamW keeps of it, the gradient
     (clipped, times 0.1). Every run goes on from the state of the last one.
     """
-    program, state = train_program(case, base, remat)
+    program, state = train_program(case, base, remat, dtype)
     held = [state]
 
     def run() -> Any:

@@ -29,7 +29,7 @@ def work(variant: str, f: Callable[..., Any], *args: Any) -> Work:
 def tiles_for(height: int, frames: int) -> Tiles:
     """Two tiles along each axis of a clip, or one where it is small."""
     side = max(128, -(-height // 64) * 32 + 32)
-    long = max(16, frames // 2 // 8 * 8 + 8)
+    long = max(24, frames // 2 // 8 * 8 + 8)
     return Tiles(size=side, overlap=64, frames=long, frames_overlap=8)
 
 

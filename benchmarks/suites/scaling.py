@@ -71,10 +71,11 @@ def steps(session: Session) -> list[Row]:
     return rows
 
 
-def _pass_with(case: cases.Case, base: Any) -> Callable[..., Any]:
-    """One pass with an adapter that is scaled inside; compiled once per structure."""
+def _pass_with(case: cases.Case, traced: list[int]) -> Callable[..., Any]:
+    """One pass with an adapter that is scaled inside; `traced` grows with each trace."""
 
     def run(base: Any, adapter: Any, strength: Any, streams: AV, sigma: AV) -> AV:
+        traced.append(1)
         variables = {"params": base}
         if adapter:
             variables["lora"] = adapters.scale(adapter, strength)
@@ -93,10 +94,11 @@ def with_adapters(session: Session) -> list[Row]:
     draw = functools.partial(adapters.init, params=base, rank=options.size.rank)
     single = [draw(jax.random.key(n)) for n in range(max(ADAPTERS))]
     single = [jax.tree.map(lambda x: x + 0.01, one) for one in single]
-    jitted: Any = _pass_with(case, base)
+    traced: list[int] = []
+    jitted: Any = _pass_with(case, traced)
     for count in ADAPTERS:
         stacked = adapters.stack(*single[:count]) if count else {}
-        args = (base, stacked, jnp.float32(1), case.streams, ours.levels(case))
+        args = (base, stacked, np.float32(1), case.streams, ours.levels(case))
         program = programs.build(jitted, *args)
         jitted(*args)
         strengths = iter(np.linspace(0.1, 1, 10_000, dtype=np.float32))
@@ -107,11 +109,11 @@ def with_adapters(session: Session) -> list[Row]:
 
         name = f"{count} adapters"
         works.append(Work(name, ours.NAME, run, ours.arrays, program.facts))
-    before = jitted._cache_size()
+    before = len(traced)
     rows = session.alone(works)
     for row, count in zip(rows, ADAPTERS, strict=True):
         cost = round(1 / (row.ratio_med or 1) - 1, 4)
-        traces = jitted._cache_size() - before
+        traces = len(traced) - before
         row.extra = {"adapters": count, "cost": cost, "new_traces": traces}
     return rows
 
