@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,10 +26,31 @@ class Program(NamedTuple):
     facts: Facts
 
 
+def block_bodies(jaxpr: Any) -> float:
+    """How many transformer blocks a traced function holds, each scan's body once.
+
+    Compiling costs as much as there are of them. Counted are the feed-forward networks
+    that blocks name for the backward pass, two in each.
+    """
+    own = sum(
+        eqn.primitive.name == "name" and eqn.params.get("name") == "ff"
+        for eqn in jaxpr.eqns
+    )
+    inside = (block_bodies(inner) for eqn in jaxpr.eqns for inner in _inner(eqn))
+    return own / 2 + sum(inside)
+
+
+def _inner(eqn: Any) -> Iterator[Any]:
+    for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "eqns")):
+        closed = getattr(value, "jaxpr", value)
+        if hasattr(closed, "eqns"):
+            yield closed
+
+
 def facts_of(compiled: Any, traced: Any, took: Timed) -> Facts:
     """What XLA says of a compiled function, and the FLOPs of what was traced."""
     memory = compiled.memory_analysis()
-    known = {}
+    known: dict[str, Any] = {}
     if memory is not None:
         known = {
             "temp_bytes": int(memory.temp_size_in_bytes),
@@ -37,6 +58,7 @@ def facts_of(compiled: Any, traced: Any, took: Timed) -> Facts:
             "out_bytes": int(memory.output_size_in_bytes),
         }
     count = flops.count(traced.jaxpr)
+    known["blocks"] = block_bodies(traced.jaxpr.jaxpr)
     return Facts(count, took.wall, took.cpu, **known)
 
 

@@ -29,6 +29,7 @@ class Facts:
         arg_bytes: of the arguments, weights included.
         out_bytes: of the results.
         hlo_bytes: of the program's text before it is compiled.
+        blocks: transformer blocks in it, each scan's body once.
     """
 
     flops: float | None = None
@@ -38,6 +39,7 @@ class Facts:
     arg_bytes: int | None = None
     out_bytes: int | None = None
     hlo_bytes: int | None = None
+    blocks: float | None = None
 
     def __add__(self, other: Facts) -> Facts:
         """Of two programs that run one after the other."""
@@ -51,6 +53,7 @@ class Facts:
             arg_bytes=most(self.arg_bytes, other.arg_bytes),
             out_bytes=both(self.out_bytes, other.out_bytes),
             hlo_bytes=both(self.hlo_bytes, other.hlo_bytes),
+            blocks=both(self.blocks, other.blocks),
         )
 
 

@@ -21,7 +21,7 @@ from benchmarks.works import Work
 from idlora_jax.config import Generation
 
 DEPTHS = (4, 48)
-"""Of the tiny transformer, if the size is `tiny`; else these with the size's widths."""
+"""Layers that are compared; widths and tokens are those of the size."""
 
 
 def deep(size: Size, layers: int) -> Size:
@@ -33,7 +33,7 @@ def built(
     size: Size, generation: Generation
 ) -> dict[str, Callable[[], programs.Program]]:
     """What compiles each kind of program."""
-    case, base = cases.make(size, generation), None
+    case = cases.make(size, generation)
     base = ours.shapes(case.cfg)
     batch = cases.training(size, generation)
     return {
@@ -61,6 +61,7 @@ def rows(session: Session, depths: tuple[int, ...] = DEPTHS) -> Iterator[Row]:
             row = session.row(work, depth=layers)
             row.first_call_s = facts.compile_s
             row.extra = {
+                "blocks": facts.blocks,
                 "hlo_mib": round((facts.hlo_bytes or 0) / 2**20, 3),
                 "times_first_depth": round(
                     facts.compile_cpu_s / first.compile_cpu_s, 3

@@ -72,7 +72,7 @@ def steps(session: Session) -> list[Row]:
 
 
 def _pass_with(case: cases.Case, traced: list[int]) -> Callable[..., Any]:
-    """One pass with an adapter that is scaled inside; `traced` grows with each trace."""
+    """One pass with an adapter, scaled inside; `traced` grows with each trace."""
 
     def run(base: Any, adapter: Any, strength: Any, streams: AV, sigma: AV) -> AV:
         traced.append(1)
