@@ -102,7 +102,7 @@ def profile(part: Part) -> None:
 
 
 def _work(name: str, f: Callable[..., Any], *args: Any) -> Work:
-    program = programs.build(f, *args)
+    program = programs.build(f, args)
     run = lambda: jax.block_until_ready(program.call(*args))
     return Work(name, ours.NAME, run, lambda out: {"out": out}, program.facts)
 
@@ -141,14 +141,14 @@ def warm(part: Part) -> None:
     case = part.case()
     base = ours.shapes(case.cfg, part.dtype)
     batch = cases.training(part.size, part.options.generation)
-    builds = {
-        "step sweep": lambda: ours.step_program(case, base)[0],
-        "train 1 selective": lambda: jax_training.train_program(
+    calls = {
+        "step sweep": lambda: ours.step_call(case, base),
+        "train 1 selective": lambda: jax_training.train_call(
             batch, base, "selective", part.dtype
-        )[0],
+        ),
     }
-    for name, build in builds.items():
-        facts = build().facts
+    for name, call in calls.items():
+        facts = programs.build(*call()).facts
         work = Work(f"compile again, {name}", ours.NAME, lambda: None, dict, facts)
         row = part.session.row(work, first_call_s=facts.compile_s)
         row.extra = {"goal": "G6"}

@@ -14,6 +14,13 @@ from benchmarks.works import Facts, Timed, timed
 from idlora_jax import flops
 
 
+class Call(NamedTuple):
+    """A function and its arguments, which may be shapes."""
+
+    f: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
 class Program(NamedTuple):
     """A compiled function.
 
@@ -62,24 +69,32 @@ def facts_of(compiled: Any, traced: Any, took: Timed) -> Facts:
     return Facts(count, took.wall, took.cpu, **known)
 
 
-def build(f: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Program:
+def _jitted(f: Callable[..., Any]) -> Any:
+    return f if hasattr(f, "trace") else jax.jit(f)
+
+
+def build(f: Callable[..., Any], args: tuple[Any, ...]) -> Program:
     """Compile a function for its arguments (arrays or shapes).
 
     Args:
         f: of jax; one that is jitted already is taken as it is.
         args: all of its arguments.
-        donate: which of them it may write over.
     """
-    jitted: Any = f if hasattr(f, "trace") else jax.jit(f, donate_argnums=donate)
-    (traced, lowered, compiled), took = timed(lambda: _compiled(jitted, args))
-    facts = facts_of(compiled, traced, took)
-    return Program(compiled, replace(facts, hlo_bytes=len(lowered.as_text())))
+
+    def compiled() -> tuple[Any, Any, Any]:
+        traced = _jitted(f).trace(*args)
+        lowered = traced.lower()
+        return traced, lowered, lowered.compile()
+
+    (traced, lowered, made), took = timed(compiled)
+    facts = facts_of(made, traced, took)
+    return Program(made, replace(facts, hlo_bytes=len(lowered.as_text())))
 
 
-def _compiled(jitted: Any, args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    traced = jitted.trace(*args)
-    lowered = traced.lower()
-    return traced, lowered, lowered.compile()
+def traced(f: Callable[..., Any], args: tuple[Any, ...]) -> Facts:
+    """What can be said of a function without compiling it: FLOPs and blocks."""
+    jaxpr = _jitted(f).trace(*args).jaxpr
+    return Facts(flops.count(jaxpr), blocks=block_bodies(jaxpr.jaxpr))
 
 
 def together(*programs: Program) -> Facts:

@@ -13,7 +13,6 @@ import numpy as np
 
 from benchmarks import programs
 from benchmarks.cases import Case
-from benchmarks.programs import Program
 from benchmarks.works import Outputs, Work
 from idlora_jax import denoise, guidance, pipeline, schedules, solvers
 from idlora_jax.config import TransformerConfig
@@ -116,17 +115,15 @@ def levels(case: Case) -> AV:
     return AV(*(jnp.full(s.x.shape[:1], case.sigma, jnp.float32) for s in case.streams))
 
 
-def forward_program(case: Case, base: Tree, **options: Any) -> tuple[Program, Any]:
-    """One pass, and the arguments it is called with.
+def forward_call(case: Case, base: Tree, **options: Any) -> programs.Call:
+    """One pass: the function, and the arguments it is called with.
 
     Args:
         case: what of.
         base: weights, or their `shapes`.
         options: of `transformer.apply`.
     """
-    variables = {"params": base}
-
-    dtype = dtype_of(base)
+    variables, dtype = {"params": base}, dtype_of(base)
 
     def run(variables: Any, prepared: Any, streams: AV, sigma: AV) -> AV:
         cast = each(lambda s: s._replace(x=s.x.astype(dtype)), streams)
@@ -134,13 +131,14 @@ def forward_program(case: Case, base: Tree, **options: Any) -> tuple[Program, An
         return transformer.apply(*args, targets=case.targets, **options)[0]
 
     args = (variables, prepared(case, variables), case.streams, levels(case))
-    return programs.build(run, *args), args
+    return programs.Call(run, args)
 
 
 def forward(case: Case, base: Tree, **options: Any) -> Work:
     """One pass with the positive prompt: velocities of all tokens."""
-    program, args = forward_program(case, base, **options)
-    run = lambda: jax.block_until_ready(program.call(*args))
+    call = forward_call(case, base, **options)
+    program = programs.build(*call)
+    run = lambda: jax.block_until_ready(program.call(*call.args))
     return Work("pass", NAME, run, arrays, program.facts)
 
 
@@ -192,14 +190,14 @@ def guided(predict: Any, streams: AV, sigma: Any, weights: Any) -> AV:
     return predict(streams, sigma, weights, ())[0]
 
 
-def step_program(
+def step_call(
     case: Case, base: Tree, mode: Mode = "sweep", **options: Any
-) -> tuple[Program, Any]:
+) -> programs.Call:
     """One guided step, and the arguments it is called with; see `step`."""
     made = denoiser(case, base, mode, **options)
     table = weights(terms(case.size.stg))
     args = (made, case.streams, np.float32(case.sigma), table)
-    return programs.build(guided, *args), args
+    return programs.Call(guided, args)
 
 
 def step(case: Case, base: Tree, variant: Variant = "sweep", **options: Any) -> Work:
@@ -216,8 +214,9 @@ def step(case: Case, base: Tree, variant: Variant = "sweep", **options: Any) -> 
     if variant in ("separate", "five passes"):
         shared = variant == "separate"
         return _separate(case, base, shared, variant, **options)
-    program, args = step_program(case, base, variant, **options)
-    run = lambda: jax.block_until_ready(program.call(*args))
+    call = step_call(case, base, variant, **options)
+    program = programs.build(*call)
+    run = lambda: jax.block_until_ready(program.call(*call.args))
     return Work(variant, NAME, run, arrays, program.facts)
 
 
@@ -239,10 +238,10 @@ def _separate(
         return guidance.combine(x0, table)
 
     args = (variables, made, case.streams, np.float32(case.sigma))
-    passes = [programs.build(functools.partial(one, b), *args) for b in branches]
+    passes = [programs.build(functools.partial(one, b), args) for b in branches]
     table = weights(own)
     found = tuple(p.call(*args) for p in passes)
-    last = programs.build(fold, found, table)
+    last = programs.build(fold, (found, table))
 
     def run() -> AV:
         return jax.block_until_ready(

@@ -14,7 +14,6 @@ import optax
 from benchmarks import programs
 from benchmarks.backends.jax import NAME
 from benchmarks.cases import TrainCase
-from benchmarks.programs import Program
 from benchmarks.works import Outputs, Work
 from idlora_jax import adapters, experiment, optimizers, training
 from idlora_jax.config import AUDIO_TARGETS
@@ -56,10 +55,10 @@ def optimizer() -> Any:
     return optimizers.make_optimizer(Optimizer(), STEPS)
 
 
-def train_program(
+def train_call(
     case: TrainCase, base: Tree, remat: Remat, dtype: Any = jnp.float32
-) -> tuple[Program, Any]:
-    """One training step, and the state it starts from; states are written over.
+) -> programs.Call:
+    """One training step, and its arguments; the state, the first, is written over.
 
     Args:
         case: the batch.
@@ -72,7 +71,7 @@ def train_program(
     abstract = isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct)
     state = jax.eval_shape(start, base) if abstract else start(base)
     made = training.make_train_step(task(case, remat, dtype), tx, jax.random.key(0))
-    return programs.build(made, state, base, case.batch, case.draws), state
+    return programs.Call(made, (state, base, case.batch, case.draws))
 
 
 def train(
@@ -83,8 +82,8 @@ def train(
     Compared are the loss and, as the first moment that AdamW keeps of it, the gradient
     (clipped, times 0.1). Every run goes on from the state of the last one.
     """
-    program, state = train_program(case, base, remat, dtype)
-    held = [state]
+    call = train_call(case, base, remat, dtype)
+    program, held = programs.build(*call), [call.args[0]]
 
     def run() -> Any:
         held[0], metrics = program.call(held[0], base, case.batch, case.draws)

@@ -20,7 +20,7 @@ from idlora_jax.model.tiling import Tiles
 
 def work(variant: str, f: Callable[..., Any], *args: Any) -> Work:
     """A compiled function of parameters and one array."""
-    program = programs.build(f, *args)
+    program = programs.build(f, args)
     run = lambda: jax.block_until_ready(program.call(*args))
     outputs = lambda out: {"out": np.asarray(out)}
     return Work(variant, NAME, run, outputs, program.facts)

@@ -15,6 +15,7 @@ from benchmarks import cases, programs
 from benchmarks.backends import jax as ours
 from benchmarks.backends import jax_training
 from benchmarks.configs import Size
+from benchmarks.programs import Call
 from benchmarks.rows import Row
 from benchmarks.session import Session
 from benchmarks.works import Work
@@ -29,17 +30,15 @@ def deep(size: Size, layers: int) -> Size:
     return dataclasses.replace(size, layers=layers, stg=3 * layers // 5)
 
 
-def built(
-    size: Size, generation: Generation
-) -> dict[str, Callable[[], programs.Program]]:
-    """What compiles each kind of program."""
+def calls(size: Size, generation: Generation) -> dict[str, Callable[[], Call]]:
+    """What makes each kind of program, of shapes of weights."""
     case = cases.make(size, generation)
     base = ours.shapes(case.cfg)
     batch = cases.training(size, generation)
     return {
-        "pass": lambda: ours.forward_program(case, base)[0],
-        "step": lambda: ours.step_program(case, base)[0],
-        "train": lambda: jax_training.train_program(batch, base, "full")[0],
+        "pass": lambda: ours.forward_call(case, base),
+        "step": lambda: ours.step_call(case, base),
+        "train": lambda: jax_training.train_call(batch, base, "full"),
     }
 
 
@@ -53,7 +52,8 @@ def rows(session: Session, depths: tuple[int, ...] = DEPTHS) -> Iterator[Row]:
         first = None
         for layers in depths:
             size = deep(options.size, layers)
-            facts = built(size, options.generation)[kind]().facts
+            call = calls(size, options.generation)[kind]()
+            facts = programs.build(*call).facts
             first = facts if first is None else first
             work = Work(
                 f"{kind}, {layers} layers", ours.NAME, lambda: None, dict, facts

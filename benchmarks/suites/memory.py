@@ -31,24 +31,23 @@ def rows(session: Session) -> Iterator[Row]:
     base = ours.shapes(case.cfg)
     states = sum(s.x.shape[1] * m.width for s, m in _pairs(case))
 
-    def row(variant: str, program: programs.Program) -> Row:
-        work = Work(variant, ours.NAME, lambda: None, dict, program.facts)
+    def row(variant: str, call: programs.Call) -> Row:
+        facts = programs.build(*call).facts
+        work = Work(variant, ours.NAME, lambda: None, dict, facts)
         made = session.row(work)
         made.extra = {
             "weight_bytes": nbytes(base),
             "state_bytes": 4 * states,
-            "temp_over_weights": round(
-                (program.facts.temp_bytes or 0) / nbytes(base), 4
-            ),
+            "temp_over_weights": round((facts.temp_bytes or 0) / nbytes(base), 4),
         }
         return session.told(made)
 
-    yield row("pass", ours.forward_program(case, base)[0])
+    yield row("pass", ours.forward_call(case, base))
     for mode in MODES:
-        yield row(f"step {mode}", ours.step_program(case, base, mode)[0])
+        yield row(f"step {mode}", ours.step_call(case, base, mode))
     for remat in jax_training.REMATS:
-        program, _ = jax_training.train_program(batch, base, remat)
-        yield row(f"train remat {remat}", program)
+        call = jax_training.train_call(batch, base, remat)
+        yield row(f"train remat {remat}", call)
     jax.clear_caches()
 
 

@@ -99,7 +99,7 @@ def with_adapters(session: Session) -> list[Row]:
     for count in ADAPTERS:
         stacked = adapters.stack(*single[:count]) if count else {}
         args = (base, stacked, np.float32(1), case.streams, ours.levels(case))
-        program = programs.build(jitted, *args)
+        program = programs.build(jitted, args)
         jitted(*args)
         strengths = iter(np.linspace(0.1, 1, 10_000, dtype=np.float32))
 

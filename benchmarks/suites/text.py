@@ -38,9 +38,9 @@ def run(session: Session) -> list[Row]:
         made = text_connector.connect(connector, params, found, mask)
         return AV(made.video, made.audio)
 
-    first = programs.build(states, tower, ids, mask)
+    first = programs.build(states, (tower, ids, mask))
     seen = first.call(tower, ids, mask)
-    second = programs.build(prompt, own, seen, mask)
+    second = programs.build(prompt, (own, seen, mask))
     works = [
         Work(
             "text encoder",
