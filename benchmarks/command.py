@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Callable
 
-from benchmarks import host, rows
+from benchmarks import host, plot, rows
 from benchmarks.ab import UnequalError
 from benchmarks.rows import Row
 from benchmarks.session import Options, Session
@@ -70,4 +70,10 @@ def run(found: argparse.Namespace) -> int:
         return 2
     paths = rows.write(made, options.out, options.suite, platform.node())
     print("wrote", *paths)
+    if options.plots:
+        try:
+            print("wrote", *plot.draw(options.out))
+        except ImportError as error:
+            print(f"no plots: {error}; pip install -e '.[bench]'", file=sys.stderr)
+            return 2
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -82,7 +83,9 @@ def profile(part: Part) -> None:
     a, b = draw(m, k), draw(k, n)
     works = [_work(f"product {m} {k} {n}", lambda a, b: a @ b, a, b)]
     part.alone(works)
-    kinds = ("xla",) if jax.default_backend() == "cpu" else ("cudnn", "xla")
+    kinds: tuple[Any, ...] = (
+        ("xla",) if jax.default_backend() == "cpu" else ("cudnn", "xla")
+    )
     for queries, keys, width in ATTENTION:
         queries, keys = queries // small, max(8, keys // small)
         q = draw(1, queries, part.size.heads, width)
@@ -90,15 +93,17 @@ def profile(part: Part) -> None:
         works = [
             _work(
                 f"attention {kind} {queries} {keys} {width}",
-                lambda q, k, kind=kind: jax.nn.dot_product_attention(
-                    q, k, k, implementation=kind
-                ),
+                functools.partial(_attention, kind),
                 q,
                 k,
             )
             for kind in kinds
         ]
         part.alone(works)
+
+
+def _attention(kind: Any, q: Any, k: Any) -> Any:
+    return jax.nn.dot_product_attention(q, k, k, implementation=kind)
 
 
 def _work(name: str, f: Callable[..., Any], *args: Any) -> Work:

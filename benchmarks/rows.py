@@ -191,7 +191,9 @@ def read(out: pathlib.Path) -> list[dict[str, Any]]:
 def summarise(out: pathlib.Path) -> pathlib.Path:
     """Write `summary.csv` of every row in the folder."""
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    table: Any = csv.DictWriter(
+        text, COLUMNS, extrasaction="ignore", lineterminator="\n"
+    )
     table.writeheader()
     for row in read(out):
         flat = row | {"device": row["about"].get("device")}

@@ -99,7 +99,7 @@ class Session:
     def row(self, work: Work | None = None, **fields: Any) -> Row:
         """A row of this session, with what is known of a work."""
         options = self.options
-        given = {"suite": options.suite, "config": options.config}
+        given: dict[str, Any] = {"suite": options.suite, "config": options.config}
         given |= {"generation": options.generation, "clock": self.clock}
         given |= {"depth": options.size.layers, "about": self.about}
         if work is None:

@@ -94,7 +94,7 @@ def load(generation: Generation) -> None:
         sys.path.insert(0, folder)
     try:
         with _standing_in_for_triton():
-            import ltx_core
+            import ltx_core  # pyright: ignore
             import ltx_core.model.transformer  # pyright: ignore
     except ImportError as error:
         raise NotRun(f"ltx_core cannot be imported: {error}") from error
