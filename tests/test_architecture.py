@@ -155,6 +155,19 @@ def test_the_library_imports_neither_torch_nor_tensorflow():
         assert not roots & forbidden, f"{path} imports {sorted(roots & forbidden)}"
 
 
+def test_benchmarks_load_jax_only_after_threads_were_set():
+    """What the command line is read with must load neither jax nor torch."""
+    folder = ROOT / "benchmarks"
+    for name in ("__init__", "__main__", "arguments", "configs", "host"):
+        tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+        heads = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = {a.name for n in heads if isinstance(n, ast.Import) for a in n.names}
+        names |= {str(n.module) for n in heads if isinstance(n, ast.ImportFrom)}
+        assert not {n.split(".")[0] for n in names} & {"jax", "torch"}, name
+        ours = {n for n in names if n.startswith("idlora_jax.")}
+        assert ours <= {"idlora_jax.config"}, f"{name} imports {sorted(ours)}"
+
+
 @pytest.mark.parametrize(
     "name",
     [
