@@ -25,7 +25,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from jax.extend import core
+
+from idlora_jax import hosted
 
 VIEWS = frozenset(
     "reshape squeeze expand_dims transpose bitcast_convert_type name copy "
@@ -34,7 +37,7 @@ VIEWS = frozenset(
 """The same numbers again, each result of its own operand."""
 STORING = frozenset(
     "dot_general conv_general_dilated gather scatter scatter-add sort random_bits "
-    "cumsum custom_call custom_partitioning while".split()
+    "cumsum custom_call custom_partitioning device_put while".split()
 )
 """Operations that read memory and write memory, whatever stands around them."""
 REDUCING = ("reduce_", "arg")
@@ -42,6 +45,7 @@ REDUCING = ("reduce_", "arg")
 JOINING = frozenset(("concatenate", "pad"))
 """These make larger arrays, in memory unless all of it is made from nothing."""
 END = 1 << 62
+_PLACED = (jax.Array, jax.ShapeDtypeStruct, jax.core.ShapedArray)
 
 
 @dataclass
@@ -79,7 +83,9 @@ class _Moment:
 
 
 def nbytes(aval: Any) -> int:
-    """Bytes of an array of this shape and dtype."""
+    """Bytes of an array of this shape and dtype on the device; 0 on the host."""
+    if isinstance(aval, _PLACED) and hosted.is_host(aval):
+        return 0
     shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
     return 0 if shape is None or dtype is None else math.prod(shape) * dtype.itemsize
 

@@ -33,7 +33,7 @@ from idlora_jax.model.tiling import Tiles
 from idlora_jax.pipeline import Media, Request
 from idlora_jax.plans import Plan, Stage
 from idlora_jax.types import AV, Layout, Prompt, Tree
-from idlora_jax.weights import fp8, io, leaves, networks, rules, upsampler_files
+from idlora_jax.weights import fp8, io, networks, rules, upsampler_files
 from idlora_jax.weights.fp8 import Choice
 from idlora_jax.weights.leaves import Leaf
 from idlora_jax.weights.networks import Networks
@@ -69,13 +69,10 @@ def shapes(
 ) -> dict[str, Any]:
     """What `io.read_all` gives, without reading it."""
 
-    def one(path: str, leaf: Leaf) -> Any:
-        if leaf.narrow and choice == "keep":
-            return fp8.keep(path, leaf, dtype, lambda _, part, d: _like(part, d))
-        leaf = fp8.upcast(path, leaf, dtype)
-        return _like(leaf, leaves.kept_dtype(path, leaf.spec.dtype, dtype))
-
-    return rules.nest({path: one(path, leaf) for path, leaf in found.items()})
+    put = lambda _, part, dtype: _like(part, dtype)
+    return rules.nest(
+        {p: fp8.read(p, leaf, dtype, choice, put) for p, leaf in found.items()}
+    )
 
 
 def parameters(
@@ -94,7 +91,7 @@ def parameters(
         text_encoder_path: the text encoder's folder, for "text_encoder".
         upsampler_path: the latent upsampler's file, for "upsampler".
         dtype: of the parameters.
-        choice: what becomes of kernels in 8 bits.
+        choice: whether the transformer's kernels are in 8 bits.
         names: of the base's networks.
 
     Raises:
@@ -102,9 +99,10 @@ def parameters(
     """
     opened, target = io.open_base(base), jnp.dtype(dtype)
     found = {name: io.locate(opened, name)[0] for name in names}
-    out: dict[str, Tree] = {n: shapes(own, target) for n, own in found.items()}
-    if choice == "keep":
-        out["transformer"] = shapes(found["transformer"], target, choice)
+    out: dict[str, Tree] = {
+        name: shapes(own, target, choice if name == "transformer" else "upcast")
+        for name, own in found.items()
+    }
     if text_encoder_path is not None:
         _, own = networks.text_encoder_leaves(text_encoder_path)
         out["text_encoder"] = shapes(own, target)

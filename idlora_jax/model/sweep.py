@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from idlora_jax import parallel, quantized
+from idlora_jax import hosted, parallel, quantized
 from idlora_jax.config import TransformerConfig
 from idlora_jax.model.block import AVBlock, Modality, Work
 from idlora_jax.model.spans import Kind, Mode, Span, spans
@@ -270,6 +270,21 @@ def _divided(call: Call, states: Any) -> Any:
     return jax.tree.map(put, states)
 
 
+def _streamed(
+    step: hosted.Step,
+    blocks: Mapping[str, Tree],
+    inputs: list[Inputs],
+    states: tuple[AV, ...],
+    span: Span,
+) -> tuple[AV, ...]:
+    """The span's layers, their weights fetched from host memory one ahead."""
+    layers = range(span.start, span.stop)
+    stacks = {c: t for c, t in blocks.items() if hosted.any_in(t)}
+    own = {c: t for c, t in blocks.items() if c not in stacks}
+    own = jax.tree.map(lambda stack: stack[span.start : span.stop], own)
+    return hosted.scan(step, _layer_of, states, own, inputs, stacks, layers)
+
+
 def _run_span(
     call: Call,
     span: Span,
@@ -285,14 +300,25 @@ def _run_span(
     data = {c: t for c, t in blocks.items() if whole and c in scanned}
     rest = {c: t for c, t in blocks.items() if c not in data}
 
+    def step(
+        shared: Mapping[str, Tree],
+        carry: tuple[AV, ...],
+        own: Mapping[str, Tree],
+        inputs: list[Inputs],
+    ) -> tuple[AV, ...]:
+        layer = _named({**shared, **own})
+        zipped = zip(span.kinds, inputs, carry, strict=True)
+        done = tuple(_run_kind(call, k, layer, i, s) for k, i, s in zipped)
+        return _divided(call, done)
+
+    if hosted.any_in(blocks):
+        return _streamed(step, blocks, inputs, _divided(call, states), span)
+
     def body(
         carry: tuple[AV, ...], at: tuple[Array, dict[str, Tree]]
     ) -> tuple[tuple[AV, ...], None]:
         index, own = at
-        layer = _named({**_layer_of(rest, index), **own})
-        zipped = zip(span.kinds, inputs, carry, strict=True)
-        done = tuple(_run_kind(call, k, layer, i, s) for k, i, s in zipped)
-        return _divided(call, done), None
+        return step(_layer_of(rest, index), carry, own, inputs), None
 
     body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False)
     layers = jnp.arange(span.start, span.stop)
@@ -309,12 +335,18 @@ def run_layers(call: Call, x: AV, remat: Remat, scanned: tuple[str, ...]) -> lis
         scanned: collections given to a single span's scan as data.
 
     Raises:
-        ValueError: if one of these has layers kept in 8 bits, which cannot be scanned.
+        ValueError: if one of these has layers kept in 8 bits, which cannot be scanned;
+            or for weights in host memory with another policy than "full".
     """
     if any(quantized.any_in(call.variables.get(name, {})) for name in scanned):
         raise ValueError(
             f"transformer: got weights kept in 8 bits among {scanned}, expected them "
-            "up-cast; read the base with fp8='upcast' to train it"
+            "up-cast; read the base with weights='upcast' to train it"
+        )
+    if remat != "full" and hosted.any_in(call.variables):
+        raise ValueError(
+            f"transformer: got remat {remat!r} with weights in host memory, expected "
+            "'full': the backward pass fetches and computes each layer again"
         )
     per_branch = [x] * len(call.branches)
     for span in spans(call.branches, call.cfg.layers, call.mode):

@@ -89,7 +89,7 @@ def load(
     text_encoder_path: PathLike | None = None,
     upsampler_path: PathLike | None = None,
     dtype: Any = jnp.float32,
-    fp8: Choice = "upcast",
+    weights: Choice = "upcast",
     mesh: Mesh | None = None,
 ) -> tuple[Networks, dict[str, Tree]]:
     """Open a base and read the named networks.
@@ -102,8 +102,7 @@ def load(
         upsampler_path: the latent upsampler's file; likewise.
         dtype: of the parameters, float32 or bfloat16; None: as stored. Scale and shift
             tables that the file holds in float32 stay so.
-        fp8: what becomes of kernels that the base holds in 8 bits; see
-            `io.load_network`.
+        weights: whether the transformer's kernels are in 8 bits; see `io.load_network`.
         mesh: devices that the parameters are read to, as `parallel.RULES` says: those
             of transformer and text encoder in parts, the others whole on each.
 
@@ -148,7 +147,7 @@ def load(
     )
     where = {name: parallel.placement(mesh, name) for name in names}
     params = {
-        name: io.load_network(base, name, dtype, placement=where[name], fp8=fp8)
+        name: io.load_network(base, name, dtype, placement=where[name], weights=weights)
         for name in names
         if name in io.NETWORKS
     }
