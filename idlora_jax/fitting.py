@@ -293,7 +293,11 @@ def _read(
 ) -> tuple[Tree, Tree, Callable[[Tree], Tree], latents.Connect]:
     """What is trained, what is frozen, see `served`, and the connectors."""
     config, nets = plan.run.config, plan.nets
-    options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "fp8": config.fp8}
+    options: dict[str, Any] = {
+        "dtype": jnp.dtype(config.dtype),
+        "weights": config.weights,
+        "weights_in": config.weights_in,
+    }
     # Each process connects the prompts of its own clips, on its own device.
     _, params = networks.load(config.base, ("text_connector",), **options)
     _, found = networks.load(config.base, ("transformer",), mesh=mesh, **options)

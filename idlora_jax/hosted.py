@@ -24,6 +24,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
+from jax.core import ShapedArray
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from idlora_jax.types import Tree
@@ -35,7 +36,7 @@ KIND = "pinned_host"
 _ENDS = ("/kernel", "/kernel/values")
 Placement = Callable[[str, tuple[int, ...]], Sharding]
 Step = Callable[[Any, Any, Any, Any], Any]
-"""(a layer's weights, carry, what the layer has of its own, what all share) -> carry."""
+"""(weights of a layer, carry, what else the layer has, what all share) -> carry."""
 Fetch = Callable[[Any, Any], Any]
 """(stacks, a layer's number) -> that layer's weights, on the device."""
 
@@ -82,7 +83,7 @@ def is_host(x: Any) -> bool:
         found = x.sharding
         marked = isinstance(found, SingleDeviceSharding | NamedSharding)
         return marked and found.memory_kind == KIND
-    aval = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    aval = x if isinstance(x, ShapedArray) else jax.typeof(x)
     return getattr(aval, "memory_space", None) is jax.memory.Space.Host
 
 
@@ -104,7 +105,7 @@ def traceable(tree: Any) -> Any:
         if not (isinstance(x, Shape) and is_host(x)):
             return x
         space = jax.memory.Space.Host
-        return jax.core.ShapedArray(x.shape, x.dtype, memory_space=space)
+        return ShapedArray(x.shape, x.dtype, memory_space=space)
 
     return jax.tree.map(one, tree)
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.extend import core
 
 from idlora_jax import hosted
@@ -45,7 +46,7 @@ REDUCING = ("reduce_", "arg")
 JOINING = frozenset(("concatenate", "pad"))
 """These make larger arrays, in memory unless all of it is made from nothing."""
 END = 1 << 62
-_PLACED = (jax.Array, jax.ShapeDtypeStruct, jax.core.ShapedArray)
+_PLACED = (jax.Array, jax.ShapeDtypeStruct, ShapedArray)
 
 
 @dataclass

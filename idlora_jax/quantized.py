@@ -17,7 +17,7 @@ kernel has to be in memory. `plain` widens what is not stacked. Memory holds one
 per quantised parameter and at most one layer of widened ones.
 
 Values of float8 are bytes until one layer is cut out: where XLA cannot slice float8, as
-on CPU, it would widen the whole stack before the loop (measured: 2 bytes per parameter).
+on CPU, it would widen the whole stack before the loop (2 bytes a parameter, measured).
 
 Both candidates for a layer are cut out and one is selected: a branch on a value that
 lives on the device would make the host wait for it once per kernel.

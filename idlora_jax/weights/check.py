@@ -79,8 +79,10 @@ def _part(base: BaseFile, name: str) -> Part:
         wrong = ""
     except ValueError as error:
         wrong = str(error)
-    numbers = [s for key, s in specs.items() if not (base.converted and _is_beside(key))]
-    count = sum(math.prod(spec.shape) for spec in numbers)
+    beside = {key for key in specs if base.converted and _is_beside(key)}
+    count = sum(
+        math.prod(spec.shape) for key, spec in specs.items() if key not in beside
+    )
     return Part(name, len(specs), count, wrong)
 
 

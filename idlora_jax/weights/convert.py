@@ -165,7 +165,9 @@ def convert_base(
     if networks is None:
         _require_owners(base)
     located = {name: io.locate(base, name) for name in names}
-    entries = {n: _entries(n, found, dtype, weights) for n, (found, _) in located.items()}
+    entries = {
+        n: _entries(n, found, dtype, weights) for n, (found, _) in located.items()
+    }
     total = sum(entry.spec.nbytes for group in entries.values() for entry in group)
     say(f"converting {', '.join(names)}: {total / 1e9:.2f} GB")
     stat = base.path.stat()

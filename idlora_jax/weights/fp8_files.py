@@ -215,7 +215,7 @@ def from_converted(
     return {path: found[path] for path in needed}
 
 
-def _of_int8(q: Int8, _: Source) -> Leaf:
+def _of_int8(q: Int8) -> Leaf:
     values, scales = np.asarray(q.values), np.asarray(q.scales)
     spec = Spec(q.shape, np.dtype(q.dtype))
     return int8.packed(spec, lambda n: values[n], lambda n: scales[n])
@@ -247,8 +247,8 @@ def from_arrays(tree: Tree, needed: Mapping[str, Source]) -> dict[str, Leaf]:
     rest = {path: source for path, source in needed.items() if path not in packed}
     found = leaves.from_arrays(tree, rest)
     for path, q in packed.items():
-        leaf = _of_int8 if isinstance(q, Int8) else _of_quantized
-        found[path] = leaf(q, needed[path])
+        own = isinstance(q, Int8)
+        found[path] = _of_int8(q) if own else _of_quantized(q, needed[path])
     return {path: found[path] for path in needed}
 
 

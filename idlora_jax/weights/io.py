@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from idlora_jax.files import PathLike
 from idlora_jax.types import Tree
@@ -171,7 +172,9 @@ def _placed(leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax
     arrays = []
     for bounds, devices in owners.items():
         part = leaves.read_part(leaf, tuple(slice(*b) for b in bounds), dtype)
-        put = [jax.device_put(part, device) for device in devices]
+        kind: Any = {"memory_kind": sharding.memory_kind}
+        own = (SingleDeviceSharding(device, **kind) for device in devices)
+        put = [jax.device_put(part, place) for place in own]
         arrays += jax.block_until_ready(put)
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
@@ -193,7 +196,9 @@ def read_all(
         # Waiting keeps one stack in flight: copies lag behind reading otherwise.
         return jax.block_until_ready(jax.device_put(leaves.read(leaf, target)))
 
-    return rules.nest({p: read(p, leaf, dtype, weights, put) for p, leaf in found.items()})
+    return rules.nest(
+        {p: read(p, leaf, dtype, weights, put) for p, leaf in found.items()}
+    )
 
 
 def save_original(
