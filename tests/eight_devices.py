@@ -159,7 +159,7 @@ def kept(path: str, folder: str) -> dict[str, Any]:
     file = eight_bits.write(Path(folder) / "narrow.safetensors", narrow, metadata)
     base = io.open_base(file)
     where = parallel.placement(parallel.make(MESHES["weights"]), "transformer")
-    options: dict[str, Any] = {"fp8": "keep"}
+    options: dict[str, Any] = {"weights": "keep"}
     whole = io.load_network(base, "transformer", **options)
     parts = io.load_network(base, "transformer", placement=where, **options)
     one, other = (

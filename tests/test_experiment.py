@@ -115,7 +115,7 @@ def test_a_value_of_another_type_or_choice_is_refused(file: str, capsys: Any):
         ("--optimizer.name", "schedule_free", "schedule_free averages"),
         ("--ema.decay", "1", "below 1, or None"),
         ("--ema.start", "-1", "0 or more"),
-        ("--mode", "full --fp8 keep", "cannot be trained"),
+        ("--mode", "full --weights keep", "cannot be trained"),
         ("--mode", "full --optimizer.b-ratio 4", "there is no adapter"),
         ("--strategy.first-frame-p", "1.5", "0 to 1"),
         ("--heldout.sigmas", "0", "levels above 0"),

@@ -115,11 +115,11 @@ def test_weights_are_those_of_the_loaded_networks_to_the_byte(
 def test_kernels_kept_in_8_bits_count_a_byte_each(eight):
     base = io.open_base(eight)
     for choice in ("keep", "upcast"):
-        live = io.load_network(base, "transformer", jnp.bfloat16, fp8=choice)
+        live = io.load_network(base, "transformer", jnp.bfloat16, weights=choice)
         shapes = outlines.parameters(eight, choice=choice)["transformer"]
         nbytes = sum(x.nbytes for x in jax.tree.leaves(live))
         assert memory.size(shapes) == nbytes
-    assert outlines.has_8_bits(eight)
+    assert outlines.stored_as(eight) == "fp8"
 
 
 def needed(traced: Any) -> int:
@@ -237,7 +237,7 @@ def test_weights_that_are_too_large_are_not_blamed_on_the_size(eight, tiny_model
     )
     found = MemoryPlan("", (Phase("first", (("transformer", 10**9),), 0),))
     line = memory.check(job, NOTHING, found, 10**9 - 1)
-    assert line is not None and "--fp8 keep" in line
+    assert line is not None and "--weights keep" in line
     assert "--height" not in line and "--frames" not in line
     off = dataclasses.replace(job, config=dataclasses.replace(job.config, memory="off"))
     assert memory.check(off, NOTHING, found, 1) is None

@@ -221,7 +221,7 @@ def test_a_base_in_8_bits_may_stay_so(tiny_model, tmp_path):
     base = eight_bits.write(tmp_path / "base.safetensors", scaled, said)
     run, device = outline((base,), batch_size=1), Device()
     most = training_memory.of(run, device).peak.total - 1
-    assert any("--fp8 keep" in x for x in training_checks.helps(run, "tpu", most))
+    assert any("--weights keep" in x for x in training_checks.helps(run, "tpu", most))
 
 
 def test_clips_sampled_on_the_way_count_beside_what_training_holds(
@@ -287,7 +287,7 @@ def test_built_in_shapes_are_those_of_published_files(
 ):
     path = sparse_files.write(tmp_path / "base.safetensors", file)
     _, own = training_outlines.built_in(generation, "bfloat16", choice)
-    settings = TrainConfig(path, tmp_path, tmp_path, generation=generation, fp8=choice)
+    settings = TrainConfig(path, tmp_path, tmp_path, generation=generation, weights=choice)
     nets, _ = networks.load(path, ())
     clips = training_outlines.assumed(Assume(), (), nets)
     read = training_outlines.of(settings, nets, clips).params
