@@ -145,7 +145,8 @@ def load_network(
         dtype: of the parameters (default: as stored). Scale and shift tables that the
             file holds in float32 stay so.
         placement: sharding by path and shape (default: whole, on the default device);
-            a host reads and holds only the parts of its own devices.
+            a host reads and holds only the parts of its own devices. The parts of one
+            in 8 bits are asked for one by one, as "PATH/values" and so on.
         weights: "upcast" multiplies kernels that the file holds in fp8 by their scales
             (bfloat16 unless `dtype` says otherwise), "keep" reads them as they are,
             "int8" makes all kernels of the blocks int8; see `quantized`. Only the
