@@ -72,9 +72,8 @@ def base(kind: str) -> Tree:
 
 @functools.cache
 def lora(seed: int = 3) -> Tree:
-    like = jax.eval_shape(
-        lambda k: adapters.init(k, base("plain"), 2), jax.random.key(0)
-    )
+    params = base("plain")
+    like = jax.eval_shape(lambda k: adapters.init(k, params, 2), jax.random.key(0))
     return small.random_like(like, seed)
 
 
@@ -85,17 +84,23 @@ def forward(cfg: TransformerConfig, variables: Tree, **options: Any) -> Any:
     return transformer.apply(*args, targets=TARGETS, **options)
 
 
-@functools.cache
-def compiled(branches: tuple[Branch, ...], scanned: tuple[str, ...]) -> Any:
+def velocities(base: Tree, **options: Any) -> Any:
+    run = jax.jit(lambda v: forward(small.config("2.3"), v, **options))
+    given = {"params": base, "lora": lora()}
+    return run.lower(given).compile(compiler_options=QUICK)(given)
+
+
+def slopes(base: Tree, **options: Any) -> Any:
     """Velocities, and the gradient of their squares by the adapter."""
-    cfg = small.config("2.3")
 
     def loss(lora: Tree, base: Tree) -> Any:
         variables = {"params": base, "lora": lora}
-        out = forward(cfg, variables, branches=branches, scanned=scanned)
+        out = forward(small.config("2.3"), variables, **options)
         return sum(jnp.mean(x**2) for pair in out for x in pair), out
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    args = lora(), base
+    return run.lower(*args).compile(compiler_options=QUICK)(*args)
 
 
 def equal(got: Any, want: Any, rtol: float = 1e-6) -> None:
@@ -104,27 +109,17 @@ def equal(got: Any, want: Any, rtol: float = 1e-6) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * float(abs(b).max()))
 
 
-@pytest.mark.parametrize("kind", ["plain", "int8", "fp8"])
-def test_velocities_and_gradients_are_those_of_weights_on_the_device(kind: str):
-    run = compiled((Branch(),), ("lora",))
-    (_, got), slope = run(lora(), moved(base(kind)))
-    (_, want), before = run(lora(), base(kind))
-    equal(got, want)
-    equal(slope, before)
+def test_velocities_are_those_of_weights_on_the_device():
+    equal(velocities(moved(base("fp8"))), velocities(base("fp8")))
 
 
-def test_so_are_those_of_several_branches_and_spans():
-    run = compiled(BRANCHES, ())
-    (_, got), slope = run(lora(), moved(base("int8")))
-    (_, want), before = run(lora(), base("int8"))
-    equal(got, want)
-    equal(slope, before)
+def test_so_are_gradients():
+    equal(slopes(moved(base("plain"))), slopes(base("plain")))
 
 
-def test_sampling_alone_gives_the_same():
-    cfg = small.config("2.3")
-    run = jax.jit(lambda v: forward(cfg, v, branches=BRANCHES))
-    equal(run({"params": moved(base("plain"))}), run({"params": base("plain")}))
+def test_so_are_those_of_several_branches_and_spans_in_int8():
+    options: Any = {"branches": BRANCHES, "scanned": ()}
+    equal(slopes(moved(base("int8")), **options), slopes(base("int8"), **options))
 
 
 @functools.cache
@@ -189,58 +184,42 @@ def test_the_device_holds_two_layers_by_the_plan(train: bool):
     moved_bytes = hosted.nbytes(host)
     assert memory.size(host) + moved_bytes == memory.size(shapes)
     assert memory.size(host, where="host") == moved_bytes > 0.9 * kernels(shapes)
-    on, off = (
-        liveness.temporary(traced(s, train=train).jaxpr) for s in (host, shapes)
-    )
-    assert 1.5 * layer < on - off < 3.5 * layer
+    on, off = (liveness.temporary(traced(s, train=train).jaxpr) for s in (host, shapes))
+    assert 1.5 * layer < on < 2.5 * layer and off < on
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_xla_needs_no_more_than_a_few_layers_beside_the_host(train: bool):
-    """On CPU, both memories are one; what comes to the device is a temporary."""
-    cfg, shapes, _ = wide()
-    lowered = traced(marked(shapes), train=train).lower()
+def temporaries(shapes: Tree) -> int:
+    """Bytes beside the arguments of a training step, by XLA's plan."""
+    lowered = traced(shapes, train=True).lower()
     found: Any = lowered.compile(compiler_options=QUICK).memory_analysis()
-    assert found.temp_size_in_bytes < 0.35 * kernels(shapes)
-    assert cfg.layers == 24
+    return found.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_no_widened_kernel_of_int8_is_a_temporary(train: bool):
+def test_no_stack_is_a_temporary():
+    """Not of what is in int8, nor of what is on the host, which on CPU is the device:
+    what is fetched from there is a temporary."""
     cfg, shapes, _ = wide()
-    narrow = as_int8(shapes)
-    lowered = traced(narrow, train=train).lower()
-    found: Any = lowered.compile(compiler_options=QUICK).memory_analysis()
-    plain: Any = (
-        traced(shapes, train=train)
-        .lower()
-        .compile(compiler_options=QUICK)
-        .memory_analysis()
-    )
-    layer = kernels(shapes) / cfg.layers
-    assert found.temp_size_in_bytes - plain.temp_size_in_bytes < layer
+    layer, plain = kernels(shapes) / cfg.layers, temporaries(shapes)
+    assert temporaries(as_int8(shapes)) < plain + layer
+    assert temporaries(marked(shapes)) < plain + 6 * layer < 0.5 * kernels(shapes)
 
 
 def test_the_next_layer_is_fetched_while_one_computes():
     """Each scan carries a layer's weights, and its body fetches others."""
     _, shapes, _ = wide()
-    text = str(traced(marked(shapes), train=True).jaxpr)
-    bodies = [part for part in text.split("scan[")[1:] if "device_put[" in part]
-    assert len(bodies) == 2  # forwards and backwards
-    for jaxpr in _scans(traced(marked(shapes), train=True).jaxpr.jaxpr):
-        carried = jaxpr.params["num_carry"]
-        body, consts = jaxpr.params["jaxpr"].jaxpr, jaxpr.params["num_consts"]
-        held = body.invars[consts : consts + carried]
-        fetched = [e for e in body.eqns if e.primitive.name == "device_put"]
-        if not fetched:
-            continue
-        ahead = {v for e in fetched for v in e.outvars}
+    found = 0
+    for scan in _scans(traced(marked(shapes), train=True).jaxpr.jaxpr):
+        carried, consts = scan.params["num_carry"], scan.params["num_consts"]
+        body = scan.params["jaxpr"].jaxpr
+        fetches = [e for e in body.eqns if e.primitive.name == "device_put"]
+        ahead = {v for e in fetches for v in e.outvars}
+        found += bool(ahead)
         assert ahead <= set(body.outvars[:carried])
-        shapes_of = lambda vs: sorted(v.aval.shape for v in vs)
-        kept = [v for v in held if v.aval.shape in shapes_of(ahead)]
-        assert len(kept) >= len(ahead)
-        used = {v for e in body.eqns if e not in fetched for v in e.invars if _var(v)}
+        used = {v for e in body.eqns if e not in fetches for v in e.invars if _var(v)}
         assert not ahead & used
+        sizes = [v.aval.shape for v in body.invars[consts : consts + carried]]
+        assert all(sizes.count(v.aval.shape) for v in ahead)
+    assert found == 2  # forwards and backwards
 
 
 def _var(atom: Any) -> bool:
@@ -262,7 +241,7 @@ def _scans(jaxpr: Any) -> Any:
 def test_another_policy_than_full_is_refused(remat: Any):
     run = lambda v: forward(small.config("2.3"), v, remat=remat)
     with pytest.raises(ValueError, match=f"remat '{remat}'.*expected 'full'"):
-        jax.eval_shape(run, {"params": hosted.traceable(marked(base("plain")))})
+        jax.eval_shape(run, {"params": moved(base("plain"))})
 
 
 def test_only_kernels_of_blocks_are_moved():

@@ -287,7 +287,9 @@ def test_built_in_shapes_are_those_of_published_files(
 ):
     path = sparse_files.write(tmp_path / "base.safetensors", file)
     _, own = training_outlines.built_in(generation, "bfloat16", choice)
-    settings = TrainConfig(path, tmp_path, tmp_path, generation=generation, weights=choice)
+    settings = TrainConfig(
+        path, tmp_path, tmp_path, generation=generation, weights=choice
+    )
     nets, _ = networks.load(path, ())
     clips = training_outlines.assumed(Assume(), (), nets)
     read = training_outlines.of(settings, nets, clips).params
