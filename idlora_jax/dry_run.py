@@ -142,6 +142,8 @@ def look(config: TrainConfig) -> Seen:
         nets, note = _stand_in(config)
         notes.append(note)
     config = experiment.of_generation(config, nets.generation)
+    if base:
+        fitting.check_base(config)
     parallel.check(config.mesh, nets.transformer)
     clips = None
     if data:

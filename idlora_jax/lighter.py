@@ -17,7 +17,7 @@ def named(changes: Mapping[str, Any]) -> str:
 
 
 def weights(
-    choice: Choice, where: hosted.Where, base: PathLike
+    choice: Choice, where: hosted.Where, base: PathLike, platform: str
 ) -> list[list[dict[str, Any]]]:
     """Settings that need less memory for the weights of the transformer's blocks.
 
@@ -25,6 +25,7 @@ def weights(
         choice: the setting `weights`.
         where: the setting `weights_in`.
         base: the checkpoint; int8 helps where it is not there, too.
+        platform: of the device; on CPU, host memory is the device's.
 
     Returns:
         Groups of settings, each from the least change on.
@@ -35,7 +36,7 @@ def weights(
         narrow.append({"weights": "keep"})
     if choice != "int8" and stored != "int8":
         narrow.append({"weights": "int8"})
-    if where == "host":
+    if where == "host" or platform == "cpu":
         return [narrow]
     moved = {"weights_in": "host"}
     return [narrow, [moved, *({**moved, **one} for one in narrow)]]

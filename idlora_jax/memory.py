@@ -283,7 +283,8 @@ def _resized(job: Job, **changes: Any) -> Job:
 def _lighter(job: Job, device: Device) -> Iterator[list[tuple[str, Job, Device]]]:
     """Settings that need less weights; each list from the least change on."""
     config = job.config
-    for group in lighter.weights(config.weights, config.weights_in, config.base):
+    asked = config.weights, config.weights_in, config.base, device.platform
+    for group in lighter.weights(*asked):
         yield [(lighter.named(c), _resized(job, **c), device) for c in group]
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
     if config.dtype != dtype:

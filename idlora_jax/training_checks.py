@@ -35,12 +35,13 @@ def _applied(config: TrainConfig, changes: Change) -> TrainConfig:
     return config
 
 
-def _streaming(changes: Change) -> Change:
+def _streaming(config: TrainConfig, changes: Change) -> Change:
     """The settings with the policy that goes with weights in host memory."""
-    return {**changes, "remat": "full"} if "weights_in" in changes else changes
+    lacks = "weights_in" in changes and config.remat != "full"
+    return {**changes, "remat": "full"} if lacks else changes
 
 
-def _groups(outline: Outline) -> Iterator[list[Change]]:
+def _groups(outline: Outline, platform: str) -> Iterator[list[Change]]:
     """Settings that need less; each list from the least change on."""
     config = outline.config
     policies = ("none", "selective", "full")
@@ -49,8 +50,9 @@ def _groups(outline: Outline) -> Iterator[list[Change]]:
     if config.optimizer.name == "adamw":
         yield [{"optimizer.name": "adamw8bit"}]
     if config.mode == "lora":
-        groups = lighter.weights(config.weights, config.weights_in, config.base)
-        yield from [[_streaming(c) for c in group] for group in groups]
+        asked = config.weights, config.weights_in, config.base, platform
+        groups = lighter.weights(*asked)
+        yield from [[_streaming(config, c) for c in group] for group in groups]
     size, times = config.batch_size, config.optimizer.accumulation
     smaller = [n for n in range(size - 1, 0, -1) if size % n == 0]
     yield [
@@ -97,7 +99,7 @@ def helps(
         return training_memory.of(other, device, planned).peak.total
 
     said: list[str] = []
-    own = [group for group in _groups(outline) if group]
+    own = [group for group in _groups(outline, platform) if group]
     for group in (*own, *_meshes(outline, devices)):
         sizes = ((changes, needs(changes)) for changes in group)
         fits = next(((c, n) for c, n in sizes if n <= most), None)

@@ -14,7 +14,6 @@ from test_hosted import in_int8
 
 from idlora_jax import pipeline, plans, quality, quantized
 from idlora_jax.pipeline import Request
-from idlora_jax.settings import Guidance
 from idlora_jax.trajectories import Recorder
 from idlora_jax.types import AV, Layout, Tree
 
