@@ -157,6 +157,15 @@ def scan(
     return _swept(step, fetch, layers, carry, rows, common, fixed)
 
 
+def _after(layer: int, carry: Any) -> tuple[Any, Any]:
+    """A layer's number that is known no sooner than the carry.
+
+    A loop around the scan (the steps of a sample) would otherwise have the first layer
+    on the device all the time, once for each scan in it.
+    """
+    return jax.lax.optimization_barrier((jnp.asarray(layer), carry))
+
+
 def _forward(
     step: Step,
     fetch: Fetch,
@@ -177,7 +186,8 @@ def _forward(
         done = step(weights, x, _joined(row, rest), shared)
         return (done, ahead), x if keep else None
 
-    start = carry, fetch(stacks, jnp.asarray(layers[0]))
+    first, carry = _after(layers[0], carry)
+    start = carry, fetch(stacks, first)
     at = jnp.arange(layers.start, layers.stop), rows, rows_rest
     (done, _), kept = jax.lax.scan(body, start, at)
     return done, kept
@@ -211,7 +221,8 @@ def _backward(
         return (before, jax.tree.map(jnp.add, total, more), ahead), own
 
     zeros = jax.tree.map(jnp.zeros_like, common)
-    start = slope, zeros, fetch(stacks, jnp.asarray(layers[-1]))
+    last, slope = _after(layers[-1], slope)
+    start = slope, zeros, fetch(stacks, last)
     at = jnp.arange(layers.start, layers.stop), kept, rows, rows_rest
     (before, total, _), own = jax.lax.scan(body, start, at, reverse=True)
     return before, own, total, None
