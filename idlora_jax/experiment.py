@@ -199,8 +199,12 @@ class TrainConfig:
         without: savings that are switched off, to find a fault; see `savings`.
         dtype: of the base and of the computation. Adapter, loss and optimizer are
             float32.
-        fp8: what becomes of kernels that the base holds in 8 bits: times their scales
-            in `dtype`, or kept and widened a layer at a time (half the memory).
+        weights: what the transformer's kernels are: those that the base holds in fp8
+            times their scales in `dtype` ("upcast"), or kept and widened a layer at a
+            time ("keep": half the memory); or all of the blocks in int8, made while
+            they are read ("int8": half the memory of any base).
+        weights_in: where the kernels of the blocks are; "host": in host memory, from
+            where layers come to the device while the one before computes.
         heldout: the fixed evaluation.
         samples: clips that are sampled while training goes on.
         wandb: whether numbers and clips go to Weights & Biases, too.
@@ -240,7 +244,8 @@ class TrainConfig:
     remat: Literal["none", "selective", "full"] = "full"
     without: tuple[Saving, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    fp8: Literal["upcast", "keep"] = "upcast"
+    weights: Literal["upcast", "keep", "int8"] = "upcast"
+    weights_in: Literal["device", "host"] = "device"
     heldout: HeldOut = field(default_factory=HeldOut)
     samples: Samples = field(default_factory=Samples)
     wandb: Wandb = field(default_factory=Wandb)
@@ -282,9 +287,14 @@ class TrainConfig:
         if self.samples.ema:
             want = "off without a moving average (--ema.decay)"
             require(self.ema.decay is not None, "samples.ema", True, want)
+        if self.weights_in == "host":
+            want = "full with weights_in 'host': layers are fetched and computed again"
+            require(self.remat == "full", "remat", self.remat, want)
         if self.mode == "full":
             want = "upcast: parameters kept in 8 bits cannot be trained"
-            require(self.fp8 == "upcast", "fp8", self.fp8, want)
+            require(self.weights == "upcast", "weights", self.weights, want)
+            want = "device: parameters in host memory cannot be trained"
+            require(self.weights_in == "device", "weights_in", self.weights_in, want)
             want = "1: in mode full there is no adapter"
             require(
                 optimizer.b_ratio == 1, "optimizer.b_ratio", optimizer.b_ratio, want

@@ -17,10 +17,13 @@ On CPU, XLA also keeps float32 copies of bfloat16 stacks while it scans them (me
 78 GB beside a transformer of 38 GB). They are counted, too.
 
 With a mesh, the numbers are of one device: its part of the weights, its samples.
+Weights in host memory are counted apart: of them a device holds the layer it works on
+and the next one.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +33,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from idlora_jax import geometry, jobs, liveness, outlines, parallel, pipeline
+from idlora_jax import (
+    geometry,
+    hosted,
+    jobs,
+    lighter,
+    liveness,
+    outlines,
+    parallel,
+    pipeline,
+)
 from idlora_jax.jobs import Inputs, Job
 from idlora_jax.outlines import Asked
 from idlora_jax.phases import GB, MemoryPlan, Phase
@@ -46,27 +58,36 @@ SMALLER = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
 """Shares of the sides, or of the frames, that are tried where a clip does not fit."""
 
 
-def size(tree: Any, network: str = "", mesh: Mapping[str, int] | None = None) -> int:
+def size(
+    tree: Any,
+    network: str = "",
+    mesh: Mapping[str, int] | None = None,
+    *,
+    where: hosted.Where = "device",
+) -> int:
     """Bytes of arrays or shapes; with a mesh, of one device's part of a network.
 
     Args:
         tree: any.
         network: the name that `parallel.RULES` know its paths by.
         mesh: sizes of its axes.
+        where: which of them are counted, those on the device or those on the host.
     """
+    counts = lambda leaf: hosted.is_host(leaf) == (where == "host")
+    bytes_of = lambda leaf: math.prod(leaf.shape) * leaf.dtype.itemsize
     if not mesh:
-        return sum(liveness.nbytes(leaf) for leaf in jax.tree.leaves(tree))
+        return sum(bytes_of(leaf) for leaf in filter(counts, jax.tree.leaves(tree)))
     sizes = tuple(mesh.get(axis, 1) for axis in parallel.AXES)
     devices: Any = jax.sharding.AbstractMesh(sizes, parallel.AXES)
 
     def part(keys: Any, leaf: Any) -> int:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        where = parallel.sharding(devices, f"{network}/{path}", leaf.shape)
-        shape = where.shard_shape(tuple(leaf.shape))
-        return liveness.nbytes(jax.ShapeDtypeStruct(shape, leaf.dtype))
+        place = parallel.sharding(devices, f"{network}/{path}", leaf.shape)
+        shape = place.shard_shape(tuple(leaf.shape))
+        return bytes_of(jax.ShapeDtypeStruct(shape, leaf.dtype))
 
     found = jax.tree_util.tree_leaves_with_path(tree)
-    return sum(part(keys, leaf) for keys, leaf in found)
+    return sum(part(keys, leaf) for keys, leaf in found if counts(leaf))
 
 
 @dataclass(frozen=True)
@@ -91,12 +112,22 @@ class Device:
         most = max(map(liveness.temporary, traced), default=0)
         return round(most * (1 if packed and self.platform != "cpu" else MORE))
 
+    def held(self, tree: Tree, network: str) -> int:
+        """Bytes of a network on it; on CPU, host memory is its own."""
+        return size(tree, network, self.mesh) + (
+            self.hosted(tree, network) if self.platform == "cpu" else 0
+        )
+
+    def hosted(self, tree: Tree, network: str) -> int:
+        """Bytes of a network that it has in host memory."""
+        return size(tree, network, self.mesh, where="host")
+
     def widened(self, tree: Tree, stack: str) -> int:
         """Bytes of the copies that a scan over a stack makes on CPU."""
         if self.platform != "cpu":
             return 0
         narrow = [x for x in jax.tree.leaves(tree[stack]) if x.dtype == jnp.bfloat16]
-        return 2 * size(narrow)
+        return 2 * (size(narrow) + size(narrow, where="host"))
 
 
 def _entries(*pairs: tuple[str, int]) -> tuple[tuple[str, int], ...]:
@@ -106,7 +137,7 @@ def _entries(*pairs: tuple[str, int]) -> tuple[tuple[str, int], ...]:
 def _text_phase(
     nets: Networks, params: Mapping[str, Tree], asked: Asked, device: Device
 ) -> Phase:
-    sizes = [(n.replace("_", " "), size(params[n], n, device.mesh)) for n in TEXT_SIDE]
+    sizes = [(n.replace("_", " "), device.held(params[n], n)) for n in TEXT_SIDE]
     copies = device.widened(params["text_encoder"], "layers")
     work = device.work([outlines.text(nets, params, asked)])
     return Phase("text", _entries(*sizes, ("float32 copies", copies)), work)
@@ -146,12 +177,13 @@ def of(
     if "text_encoder" in params:
         phases.append(_text_phase(nets, params, asked, device))
     held = {n: tree for n, tree in params.items() if n not in TEXT_SIDE}
-    weights = [(n.replace("_", " "), size(t, n, device.mesh)) for n, t in held.items()]
+    weights = [(n.replace("_", " "), device.held(t, n)) for n, t in held.items()]
     wanted = outlines.request(nets, layouts, asked)
     inputs = outlines.inputs(nets, params, layouts[-1], asked)
     phases.append(Phase("inputs", _entries(*weights), device.work(inputs)))
     weights.append(("prompts, references", size(wanted)))
-    copies = device.widened(params["transformer"], "blocks")
+    base = params["transformer"]
+    copies = device.widened(base, "blocks")
     for number, stage in enumerate(plan.stages):
         own = outlines.variables(stage, params, adapters or {})
         traced = outlines.stage(plan, number, nets, params, own, layout, asked)
@@ -163,7 +195,8 @@ def of(
     decoding = outlines.decoding(nets, params, layouts[-1], asked)
     work = device.work(decoding, packed=False)
     phases.append(Phase("decode", _entries(*weights), work))
-    return MemoryPlan(title, tuple(phases))
+    on_host = 0 if device.platform == "cpu" else device.hosted(base, "transformer")
+    return MemoryPlan(title, tuple(phases), on_host)
 
 
 def this_device(config: SampleConfig) -> Device:
@@ -199,7 +232,8 @@ def for_job(
         text_encoder_path=config.text_encoder if encodes else None,
         upsampler_path=config.upsampler if refining else None,
         dtype=config.dtype,
-        choice=config.fp8,
+        choice=config.weights,
+        where=config.weights_in,
     )
     begins = inputs.image is not None or config.continue_from is not None
     asked = Asked(
@@ -250,8 +284,9 @@ def _resized(job: Job, **changes: Any) -> Job:
 def _lighter(job: Job, device: Device) -> Iterator[list[tuple[str, Job, Device]]]:
     """Settings that need less weights; each list from the least change on."""
     config = job.config
-    if config.fp8 == "upcast" and outlines.has_8_bits(config.base):
-        yield [("--fp8 keep", _resized(job, fp8="keep"), device)]
+    asked = config.weights, config.weights_in, config.base, device.platform
+    for group in lighter.weights(*asked):
+        yield [(lighter.named(c), _resized(job, **c), device) for c in group]
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
     if config.dtype != dtype:
         yield [(f"--dtype {dtype}", _resized(job, dtype=dtype), device)]

@@ -66,8 +66,12 @@ class SampleConfig:
         batch: how many samples pass the transformer at once; results are equal.
         numerics: how positions and noise levels are made.
         dtype: of the networks' weights and the transformer's computation.
-        fp8: what becomes of kernels that the base holds in 8 bits: times their scales
-            in `dtype`, or kept and widened a layer at a time (half the memory).
+        weights: what the transformer's kernels are: those that the base holds in fp8
+            times their scales in `dtype` ("upcast"), or kept and widened a layer at a
+            time ("keep": half the memory); or all of the blocks in int8, made while
+            they are read ("int8": half the memory of any base).
+        weights_in: where the kernels of the blocks are; "host": in host memory, from
+            where layers come to the device while the one before computes.
         text_kv: keys and values of prompts: made once for all steps (2.0), or, in less
             memory, once a step for the branches that share a prompt.
         without: savings that are switched off, to find a fault; see `savings`.
@@ -123,7 +127,8 @@ class SampleConfig:
     batch: int = 1
     numerics: Numerics = "exact"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    fp8: Literal["upcast", "keep"] = "upcast"
+    weights: Literal["upcast", "keep", "int8"] = "upcast"
+    weights_in: Literal["device", "host"] = "device"
     text_kv: TextKV = "cached"
     without: tuple[Saving, ...] = ()
     mesh: str = ""

@@ -96,8 +96,12 @@ def load(
     Raises:
         ValueError: if weights are missing or do not fit.
     """
-    options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "fp8": config.fp8}
-    options["mesh"] = mesh_of(config)
+    options: dict[str, Any] = {
+        "dtype": jnp.dtype(config.dtype),
+        "weights": config.weights,
+        "weights_in": config.weights_in,
+        "mesh": mesh_of(config),
+    }
     if nets.upsampler is not None:
         names, options["upsampler_path"] = (*names, "upsampler"), config.upsampler
     return networks.load(config.base, names, **options)[1]

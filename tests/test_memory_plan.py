@@ -14,7 +14,16 @@ import pytest
 import sparse_files
 from jax.extend import core
 
-from idlora_jax import adapters, codecs, jobs, memory, outlines, pipeline, plans
+from idlora_jax import (
+    adapters,
+    codecs,
+    jobs,
+    lighter,
+    memory,
+    outlines,
+    pipeline,
+    plans,
+)
 from idlora_jax.config_upsampler import upsampler_config
 from idlora_jax.jobs import Inputs, Job
 from idlora_jax.memory import Device
@@ -115,11 +124,45 @@ def test_weights_are_those_of_the_loaded_networks_to_the_byte(
 def test_kernels_kept_in_8_bits_count_a_byte_each(eight):
     base = io.open_base(eight)
     for choice in ("keep", "upcast"):
-        live = io.load_network(base, "transformer", jnp.bfloat16, fp8=choice)
+        live = io.load_network(base, "transformer", jnp.bfloat16, weights=choice)
         shapes = outlines.parameters(eight, choice=choice)["transformer"]
         nbytes = sum(x.nbytes for x in jax.tree.leaves(live))
         assert memory.size(shapes) == nbytes
-    assert outlines.has_8_bits(eight)
+    assert outlines.stored_as(eight) == "fp8"
+
+
+def test_weights_in_host_memory_are_told_apart(tiny_model):
+    """On a GPU the device has two layers of them; on CPU the same memory has all."""
+    job = job_of(*tiny_model, frames=9, height=64, width=64)
+    config = dataclasses.replace(job.config, weights_in="host")
+    other = dataclasses.replace(job, config=config)
+    gpu, cpu = memory.Device("gpu"), memory.Device("cpu")
+    plan = lambda job, device: memory.for_job(
+        job, NOTHING, device=device, encodes=False
+    )
+    before, after = plan(job, gpu), plan(other, gpu)
+    layers = job.nets.transformer.layers
+    decode = before.phases[-1].resident, after.phases[-1].resident
+    all_, rest = (dict(rows)["transformer"] for rows in decode)
+    assert before.host == 0 and after.host == all_ - rest > all_ / 2
+    assert f"in host memory: {after.host / 1e9:.2g} of weights" in after.table()
+    work = after.phases[1].temporary - before.phases[1].temporary
+    assert 0 < work < 1.5 * after.host / layers
+    on_cpu = dict(plan(other, cpu).phases[-1].resident)["transformer"]
+    assert on_cpu == all_ and plan(other, cpu).host == 0
+
+
+def test_weights_in_host_memory_are_advised_where_they_help(eight, tiny_model):
+    job = job_of(eight, tiny_model[1], frames=9, height=64, width=64)
+    options: Any = {"encodes": False, "device": memory.Device("gpu")}
+    found = memory.for_job(job, NOTHING, **options)
+    said = [*memory.helps(job, NOTHING, found, found.peak.total - 1, **options)]
+    assert any(line.startswith("--weights keep (") for line in said)
+    assert any(line.startswith("--weights-in host (") for line in said)
+    narrow = lighter.weights("keep", "device", eight, "gpu")
+    assert [{"weights": "int8"}] in narrow
+    assert lighter.weights("int8", "host", eight, "gpu") == [[]]
+    assert lighter.weights("int8", "device", eight, "cpu") == [[]]
 
 
 def needed(traced: Any) -> int:
@@ -222,10 +265,11 @@ def test_too_little_memory_is_an_error_that_names_what_helps(tiny_model):
         memory.check(job, NOTHING, found, most, **options)
     text = str(error.value)
     assert "--batch 1" in text and "--height 448 --width 448" in text
-    assert "--fp8" not in text and "--dtype" not in text and "--mesh" not in text
+    assert "--weights int8" in text and "keep" not in text and "-in host" not in text
+    assert "--dtype" not in text and "--mesh" not in text
     named = text.split("makes it fit: ")[1].split(" (--memory")[0].split(", ")
-    assert len(named) == 3
-    for setting in named[:2]:
+    assert len(named) == 4
+    for setting in named[:3]:
         config = config_of(job, setting.partition(" (")[0])
         other = dataclasses.replace(job, config=config, layout=layout_of(config))
         assert memory.for_job(other, NOTHING).peak.total <= most
@@ -238,7 +282,7 @@ def test_weights_that_are_too_large_are_not_blamed_on_the_size(eight, tiny_model
     )
     found = MemoryPlan("", (Phase("first", (("transformer", 10**9),), 0),))
     line = memory.check(job, NOTHING, found, 10**9 - 1)
-    assert line is not None and "--fp8 keep" in line
+    assert line is not None and "--weights keep" in line
     assert "--height" not in line and "--frames" not in line
     off = dataclasses.replace(job, config=dataclasses.replace(job.config, memory="off"))
     assert memory.check(off, NOTHING, found, 1) is None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from idlora_jax import parallel, quantized
+from idlora_jax import hosted, parallel, quantized
 from idlora_jax.model.attention import KeysValues
 from idlora_jax.model.block import AVBlock, Modality, Off, Work
 from idlora_jax.model.conditions import (
@@ -151,6 +151,59 @@ def _divided(call: Call, states: Any) -> Any:
     return jax.tree.map(put, states)
 
 
+class _Own(NamedTuple):
+    """What is one layer's: its number, what it leaves out, weights given as data."""
+
+    index: Array
+    off: list[Off]
+    data: dict[str, Tree]
+
+
+def _layer(
+    call: Call,
+    span: Span,
+    layer: Mapping[str, Tree],
+    own: _Own,
+    inputs: list[Inputs],
+    states: tuple[AV, ...],
+) -> tuple[AV, ...]:
+    """One layer of a span, given its weights, on the states of each kind."""
+    layer = _named({**layer, **own.data})
+    read = texts(call, span, layer, own.index)
+    done = []
+    for kind, given, off, state in zip(
+        span.kinds, inputs, own.off, states, strict=True
+    ):
+        given = in_layer(call, kind, given, read, off)
+        done.append(_run_kind(call, kind, layer, given, state))
+    return _divided(call, tuple(done))
+
+
+def _streamed(
+    call: Call,
+    span: Span,
+    states: tuple[AV, ...],
+    blocks: Mapping[str, Tree],
+    own: _Own,
+    inputs: list[Inputs],
+) -> tuple[AV, ...]:
+    """The span's layers, their weights fetched from host memory one ahead."""
+    stacks = {c: t for c, t in blocks.items() if hosted.any_in(t)}
+    rest = {c: t for c, t in blocks.items() if c not in stacks}
+    rest = jax.tree.map(lambda stack: stack[span.start : span.stop], rest)
+    static = call._replace(variables={})
+    traced = call.cond, call.prompts, call.text_kv
+
+    def step(weights: Any, states: Any, own: _Own, shared: Any) -> tuple[AV, ...]:
+        inputs, (cond, prompts, text_kv) = shared
+        given = static._replace(cond=cond, prompts=prompts, text_kv=text_kv)
+        return _layer(given, span, weights, own, inputs, states)
+
+    own, shared = own._replace(data=rest), (inputs, traced)
+    layers = range(span.start, span.stop)
+    return hosted.scan(step, _layer_of, states, own, shared, stacks, layers)
+
+
 def _run_span(
     call: Call,
     span: Span,
@@ -166,24 +219,17 @@ def _run_span(
     whole = span.stop - span.start == call.cfg.layers
     data = {c: t for c, t in blocks.items() if whole and c in scanned}
     rest = {c: t for c, t in blocks.items() if c not in data}
+    states = _divided(call, states)
+    own = _Own(jnp.arange(span.start, span.stop), off, data)
+    if hosted.any_in(blocks):
+        return _streamed(call, span, states, blocks, own, inputs)
 
-    def body(
-        carry: tuple[AV, ...], at: tuple[Array, dict[str, Tree], list[Off]]
-    ) -> tuple[tuple[AV, ...], None]:
-        index, own, off = at
-        layer = _named({**_layer_of(rest, index), **own})
-        read = texts(call, span, layer, index)
-        done = []
-        for kind, given, out, states in zip(
-            span.kinds, inputs, off, carry, strict=True
-        ):
-            given = in_layer(call, kind, given, read, out)
-            done.append(_run_kind(call, kind, layer, given, states))
-        return _divided(call, tuple(done)), None
+    def body(carry: tuple[AV, ...], own: _Own) -> tuple[tuple[AV, ...], None]:
+        layer = _layer_of(rest, own.index)
+        return _layer(call, span, layer, own, inputs, carry), None
 
     body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False)
-    layers = jnp.arange(span.start, span.stop)
-    return jax.lax.scan(body, _divided(call, states), (layers, data, off))[0]
+    return jax.lax.scan(body, states, own)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -218,12 +264,18 @@ def run_layers(call: Call, x: AV, remat: Remat, scanned: tuple[str, ...]) -> lis
         scanned: collections given to a single span's scan as data.
 
     Raises:
-        ValueError: if one of these has layers kept in 8 bits, which cannot be scanned.
+        ValueError: if one of these has layers kept in 8 bits, which cannot be scanned;
+            or for weights in host memory with another policy than "full".
     """
     if any(quantized.any_in(call.variables.get(name, {})) for name in scanned):
         raise ValueError(
             f"transformer: got weights kept in 8 bits among {scanned}, expected them "
-            "up-cast; read the base with fp8='upcast' to train it"
+            "up-cast; read the base with weights='upcast' to train it"
+        )
+    if remat != "full" and hosted.any_in(call.variables):
+        raise ValueError(
+            f"transformer: got remat {remat!r} with weights in host memory, expected "
+            "'full': the backward pass fetches and computes each layer again"
         )
     per_branch = [x] * len(call.branches)
     for span in spans(call.branches, call.cfg.layers, call.mode, call.without):
