@@ -201,7 +201,7 @@ def test_no_stack_is_a_temporary():
     cfg, shapes, _ = wide()
     layer, plain = kernels(shapes) / cfg.layers, temporaries(shapes)
     assert temporaries(as_int8(shapes)) < plain + layer
-    assert temporaries(marked(shapes)) < plain + 6 * layer < 0.5 * kernels(shapes)
+    assert temporaries(marked(shapes)) < 0.35 * kernels(shapes)
 
 
 def test_the_next_layer_is_fetched_while_one_computes():

@@ -146,8 +146,8 @@ def test_weights_in_host_memory_are_told_apart(tiny_model):
     all_, rest = (dict(rows)["transformer"] for rows in decode)
     assert before.host == 0 and after.host == all_ - rest > all_ / 2
     assert f"in host memory: {after.host / 1e9:.2g} of weights" in after.table()
-    work = after.phases[1].temporary - before.phases[1].temporary
-    assert 0 < work < 1.5 * after.host / layers
+    assert after.phases[1].temporary > 1.5 * after.host / layers
+    assert after.phases[1].total < before.phases[1].total
     on_cpu = dict(plan(other, cpu).phases[-1].resident)["transformer"]
     assert on_cpu == all_ and plan(other, cpu).host == 0
 
