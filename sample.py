@@ -52,8 +52,9 @@ def main() -> int:
     config = commandline.parse(sys.argv[1:], SampleConfig)
     configs = batches.read(config, warn)
     # Imports jax: later than the command line, so that its mistakes answer at once.
-    from idlora_jax import sessions
+    from idlora_jax import compile_cache, sessions
 
+    compile_cache.start(compile_cache.folder_of(config), warn)
     states: Counter[str] = Counter()
     try:
         session = sessions.prepare(configs)

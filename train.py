@@ -22,16 +22,22 @@ from idlora_jax import commandline
 from idlora_jax.experiment import TrainConfig
 
 
+def warn(line: str) -> None:
+    """A line on stderr."""
+    print(f"warning: {line}", file=sys.stderr)
+
+
 def main() -> int:
     """Check the command line, say what a run needs, or train."""
     config = commandline.parse(sys.argv[1:], TrainConfig)
     # Imports jax: later than the command line, so that its mistakes answer at once.
-    from idlora_jax import distributed, dry_run
+    from idlora_jax import compile_cache, distributed, dry_run
 
     if config.dry_run:
         for text in dry_run.reports(config):
             print(text, flush=True)
         return 0
+    compile_cache.start(compile_cache.folder_of(config), warn)
     distributed.start(config.distributed)
     return distributed.run(lambda: train(config)) or 0
 

@@ -72,6 +72,8 @@ class SampleConfig:
             or no plan at all.
         text_cache: folder of encoded prompts; None: in the user's cache folder.
         use_text_cache: whether encoded prompts are kept and used again.
+        program_cache: folder of compiled programs; None: in the user's cache folder.
+        use_program_cache: whether compiled programs are kept and used again.
         crf: quality of the mp4's pictures; 0 best, 51 worst.
         contact_sheet: whether `<name>.png` is written.
         provenance: whether the mp4 itself says what made it; the JSON always does.
@@ -124,6 +126,8 @@ class SampleConfig:
     memory: Literal["check", "warn", "off"] = "check"
     text_cache: Path | None = None
     use_text_cache: bool = True
+    program_cache: Path | None = None
+    use_program_cache: bool = True
     crf: int = 17
     contact_sheet: bool = True
     provenance: bool = True

@@ -18,7 +18,7 @@ LEVELS = (
     "axes",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
     "norms wandb_run records solvers losses parallel shares distributed keys liveness "
-    "flops",
+    "flops compile_cache",
     "streams references",
     "denoise strategies model.*",
     "training evaluation loop runs states diagnosis weights.* checkpoints",
