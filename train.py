@@ -44,11 +44,22 @@ def main() -> int:
 
 def train(config: TrainConfig) -> int:
     """Check the inputs, train; the status is 0, or 128 and what stopped it."""
-    from idlora_jax import distributed, fitting, training_checks
+    from idlora_jax import (
+        distributed,
+        fitting,
+        precompile,
+        programs,
+        training_checks,
+    )
 
     plan = fitting.plan(config)
     if distributed.is_first():
         training_checks.announce(plan, functools.partial(print, file=sys.stderr))
+    if config.precompile:
+        rows = precompile.training(plan)
+        if distributed.is_first():
+            print(programs.table(rows))
+        return 0
     result = fitting.fit(plan)
     if distributed.is_first():
         report(result)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, UInt8
 
-from idlora_jax import geometry, images, mel
+from idlora_jax import geometry, images, mel, programs
 from idlora_jax.config_codecs import AudioVAEConfig
 from idlora_jax.config_video_vae import VideoVAEConfig
 from idlora_jax.model import audio_vae, video_tiles, video_vae, vocoder
@@ -34,11 +34,11 @@ WHOLE = 4096
 NOISE_SEED = 0
 """Of the noise that some video decoders use: decoding gives the same picture again."""
 
-_encode_video = jax.jit(video_vae.encode, static_argnums=0)
-_encode_audio = jax.jit(audio_vae.encode, static_argnums=0)
-_decode_video = jax.jit(video_vae.decode, static_argnums=0)
-_decode_audio = jax.jit(audio_vae.decode, static_argnums=0)
-_synthesize = jax.jit(vocoder.synthesize, static_argnums=0)
+_encode_video = programs.jit(video_vae.encode, "encode pictures", static_argnums=0)
+_encode_audio = programs.jit(audio_vae.encode, "encode sound", static_argnums=0)
+_decode_video = programs.jit(video_vae.decode, "decode video", static_argnums=0)
+_decode_audio = programs.jit(audio_vae.decode, "decode sound", static_argnums=0)
+_synthesize = programs.jit(vocoder.synthesize, "vocoder", static_argnums=0)
 
 
 def first_frame_pixels(

@@ -208,6 +208,8 @@ class TrainConfig:
             or no plan at all.
         program_cache: folder of compiled programs; None: in the user's cache folder.
         use_program_cache: whether compiled programs are kept and used again.
+        precompile: compile all that the run needs, say what of time and memory that
+            takes, and read no weights.
         dry_run: print what the run is and needs, and do nothing.
         assume: what that takes for what is not there.
         resume: continue from the newest state in `output`.
@@ -248,6 +250,7 @@ class TrainConfig:
     memory: Literal["check", "warn", "off"] = "check"
     program_cache: Path | None = None
     use_program_cache: bool = True
+    precompile: bool = False
     dry_run: bool = False
     assume: Assume = field(default_factory=Assume)
     resume: bool = False

@@ -27,7 +27,8 @@ PATHS = frozenset(
 """Settings for which hashes stand, or that only say where things are."""
 WAYS = frozenset(
     "branches batch mesh memory text_cache use_text_cache program_cache "
-    "use_program_cache preview save_trajectory overwrite progress verify".split()
+    "use_program_cache precompile preview save_trajectory overwrite progress "
+    "verify".split()
 )
 """Settings that change how a sample is made, and not the sample."""
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from idlora_jax import adapters as lora
-from idlora_jax import codecs, denoise, keys, parallel, plans
+from idlora_jax import codecs, denoise, keys, parallel, plans, programs
 from idlora_jax.config import TransformerConfig
 from idlora_jax.config_upsampler import UpsamplerConfig
 from idlora_jax.keys import Keys
@@ -135,6 +135,14 @@ def network(
     return apply
 
 
+_prepare = programs.jit(
+    transformer.prepare,
+    "tables and prompts",
+    static_argnums=0,
+    static_argnames=("numerics",),
+)
+
+
 def denoiser(
     stage: Stage,
     cfg: TransformerConfig,
@@ -179,7 +187,7 @@ def denoiser(
     return denoise.make_denoiser(
         network(cfg, dtype, backend, mesh),
         dict(variables),
-        transformer.prepare(cfg, variables, s, texts, numerics=numerics),
+        _prepare(cfg, dict(variables), s, texts, numerics=numerics),
         stage.terms,
         target_counts(layout),
         depth=cfg.layers,
@@ -322,12 +330,19 @@ def enlarge(cfg: UpsamplerConfig | None, base: Mapping[str, Tree], latents: AV) 
             f"expected {[*want]}; use a spatial x2 upsampler"
         )
     stats = base["video_vae"]["stats"]
-    statistics = (jnp.asarray(stats[n], jnp.float32) for n in ("mean", "std"))
     video = latents.video.astype(jnp.float32)
-    return AV(_upsample(cfg, base["upsampler"], video, *statistics), latents.audio)
+    args = (cfg, base["upsampler"], video, stats["mean"], stats["std"])
+    return AV(_upsample(*args), latents.audio)
 
 
-_upsample = jax.jit(upsampler.upsample, static_argnums=0)
+def _upsampled(
+    cfg: UpsamplerConfig, params: Tree, video: Any, mean: Any, std: Any
+) -> Any:
+    statistics = (x.astype(jnp.float32) for x in (mean, std))
+    return upsampler.upsample(cfg, params, video, *statistics)
+
+
+_upsample = programs.jit(_upsampled, "enlarge", static_argnums=0)
 
 
 def layouts(plan: Plan, layout: Layout) -> tuple[Layout, ...]:

@@ -74,6 +74,8 @@ class SampleConfig:
         use_text_cache: whether encoded prompts are kept and used again.
         program_cache: folder of compiled programs; None: in the user's cache folder.
         use_program_cache: whether compiled programs are kept and used again.
+        precompile: compile all that the samples need, say what of time and memory that
+            takes, and read no weights.
         crf: quality of the mp4's pictures; 0 best, 51 worst.
         contact_sheet: whether `<name>.png` is written.
         provenance: whether the mp4 itself says what made it; the JSON always does.
@@ -128,6 +130,7 @@ class SampleConfig:
     use_text_cache: bool = True
     program_cache: Path | None = None
     use_program_cache: bool = True
+    precompile: bool = False
     crf: int = 17
     contact_sheet: bool = True
     provenance: bool = True

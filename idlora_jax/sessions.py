@@ -268,6 +268,35 @@ def make(
             yield outcome
 
 
+def rehearse(session: Session, loaded: Loaded) -> Iterator[Outcome]:
+    """Go through the samples of a session as `make` does, and write nothing.
+
+    Args:
+        session: from `prepare`.
+        loaded: of `load`, or shapes in place of parameters (see `precompile`).
+
+    Yields:
+        The samples that nothing can be said of yet, or for which it fails.
+    """
+    shared = _shared(session, loaded, None)
+    for group in _groups(session.todo, lambda config: _ready(config, shared)):
+        if isinstance(group, Outcome):
+            yield group
+            continue
+        made, config = [one.job for one in group], group[0].job.config
+        # Steps are dispatched one by one where anything looks at them.
+        looks = config.progress or config.preview or config.save_trajectory
+        watch = (lambda seen: None) if looks else None
+        requests = [one.request for one in group]
+        try:
+            args = (made, group[0].inputs, requests, loaded.params)
+            result = sampling.run(*args, watch)
+            for n, job in enumerate(made):
+                sampling.single(job, result, n)
+        except FAILURES as error:
+            yield from (_failed(job.config, error) for job in made)
+
+
 def load(session: Session, note: Say | None = None) -> Loaded:
     """Encode the texts of a session, then read the other networks.
 

@@ -18,14 +18,14 @@ LEVELS = (
     "axes",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
     "norms wandb_run records solvers losses parallel shares distributed keys liveness "
-    "flops compile_cache",
+    "flops compile_cache programs",
     "streams references",
     "denoise strategies model.*",
     "training evaluation loop runs states diagnosis weights.* checkpoints",
     "prompts prompt_cache plans as_trained codecs starts pipeline continuation "
     "previews outlines phases memory trajectories jobs finished batches outputs "
     "sampling sessions validation heldout run_files fitting training_outlines "
-    "training_memory training_checks dry_run data.*",
+    "training_memory training_checks dry_run precompile data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""
