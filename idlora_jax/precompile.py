@@ -22,6 +22,7 @@ from jax import ShapeDtypeStruct as Shape
 from jax.sharding import Mesh
 
 from idlora_jax import (
+    adapters,
     fitting,
     heldout,
     jobs,
@@ -162,4 +163,8 @@ def training(plan: Fit) -> list[Compiled]:
             batch = latents.whole(some, connect)
             batch = parallel.from_own_rows(batch, mesh, config.batch_size)
             step.compile(state, base, batch)
+        # What is logged and exported.
+        optimizers.learning_rate(config.optimizer, config.steps)(0)
+        if config.mode == "lora":
+            adapters.scale(state.evaluated, config.lora.factor)
     return rows

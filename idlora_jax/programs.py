@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -87,13 +88,17 @@ def _is_hashable(leaf: Any) -> bool:
     return True
 
 
-def _zeros(like: Any, place: Any) -> Any:
+def _is_held(leaf: Any) -> bool:
+    """Whether an argument holds what is made of it to its devices."""
+    if _is_shape(leaf):
+        return leaf.sharding is not None
+    return isinstance(leaf, jax.Array) and leaf.committed
+
+
+def _zeros(like: Any, place: Any, *, held: bool) -> Any:
     if not _plain(like):
         return jax.random.wrap_key_data(np.zeros((*like.shape, 2), np.uint32))
-    zeros = np.zeros(like.shape, like.dtype)
-    if isinstance(place, jax.sharding.SingleDeviceSharding):
-        return jax.device_put(zeros)
-    return jax.device_put(zeros, place)
+    return jax.device_put(np.zeros(like.shape, like.dtype), place if held else None)
 
 
 class Program:
@@ -108,9 +113,11 @@ class Program:
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         """The result; zeros if any of the arguments is a shape."""
-        if not any(map(_is_shape, jax.tree.leaves((args, named)))):
+        leaves = jax.tree.leaves((args, named))
+        if not any(map(_is_shape, leaves)):
             return self._jitted(*args, **named)
-        return jax.tree.map(_zeros, *self.compile(*args, **named))
+        zeros = functools.partial(_zeros, held=any(map(_is_held, leaves)))
+        return jax.tree.map(zeros, *self.compile(*args, **named))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jitted, name)
