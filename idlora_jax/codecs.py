@@ -41,6 +41,16 @@ _decode_audio = programs.jit(audio_vae.decode, "decode sound", static_argnums=0)
 _synthesize = programs.jit(vocoder.synthesize, "vocoder", static_argnums=0)
 
 
+def on_device(params: Tree) -> Tree:
+    """Parameters that are in host memory (NumPy), moved to the device; others as is.
+
+    Done once for all that is encoded or decoded at a time: given to compiled functions
+    as they are, they would be moved by each call.
+    """
+    move = lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x
+    return jax.tree.map(move, params)
+
+
 def first_frame_pixels(
     image: UInt8[np.ndarray, "H W 3"], grid: VideoGrid, fit: images.Fit = "crop"
 ) -> Float32[np.ndarray, "1 1 h w 3"]:
@@ -70,7 +80,7 @@ def encode_first_frame(
         fit: see `images.fit_image`.
     """
     pixels = first_frame_pixels(image, grid, fit)
-    return _encode_video(cfg, params, jnp.asarray(pixels))
+    return _encode_video(cfg, on_device(params), jnp.asarray(pixels))
 
 
 def reference_mel(
@@ -96,7 +106,8 @@ def encode_reference(
 
     Source: scripts/inference_one_stage.py: _encode_audio.
     """
-    return _encode_audio(cfg, params, jnp.asarray(reference_mel(cfg, wave)))
+    seen = jnp.asarray(reference_mel(cfg, wave))
+    return _encode_audio(cfg, on_device(params), seen)
 
 
 def decode_video(
@@ -114,6 +125,7 @@ def decode_video(
 
     Source: ltx_core/model/video_vae/video_vae.py: decode_video.
     """
+    params = on_device(params)
     draws = video_vae.draw(jax.random.key(NOISE_SEED), cfg, latent.shape)
     if math.prod(latent.shape[1:4]) <= WHOLE:
         return video_vae.to_uint8(_decode_video(cfg, params, latent, draws=draws))
@@ -151,7 +163,8 @@ def decode(
     if latents.video is not None:
         video = decode_video(nets.video_vae, params["video_vae"], latents.video)
     if latents.audio is not None:
-        log_mel = _decode_audio(nets.audio_vae, params["audio_vae"], latents.audio)
-        wave = _synthesize(nets.vocoder, params["vocoder"], log_mel)
+        decoder, synthesizer = on_device((params["audio_vae"], params["vocoder"]))
+        log_mel = _decode_audio(nets.audio_vae, decoder, latents.audio)
+        wave = _synthesize(nets.vocoder, synthesizer, log_mel)
         wave = wave[..., before * samples_per_latent(nets) :]
     return video, wave

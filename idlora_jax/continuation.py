@@ -180,7 +180,7 @@ def _pictures(
     pixels = jnp.asarray(np.concatenate(fitted, axis=1))
     if geometry.tokens(dataclasses.replace(grid, frames=len(frames))) <= codecs.WHOLE:
         return _encode_video(cfg, params, pixels)
-    return video_tiles.encode(cfg, params, pixels, Tiles())
+    return video_tiles.encode(cfg, codecs.on_device(params), pixels, Tiles())
 
 
 def _sound(

@@ -103,6 +103,18 @@ def _entries(*pairs: tuple[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple((name, n) for name, n in pairs if n)
 
 
+WAITING = frozenset({"video vae", "audio vae", "vocoder", "upsampler"})
+"""Networks that may be in host memory until they are used (`jobs.codecs_wait`)."""
+
+
+def _used(
+    weights: Iterable[tuple[str, int]], wait: bool, *names: str
+) -> list[tuple[str, int]]:
+    """Those of the weights that are on the device while some networks are used."""
+    gone = WAITING - {*names} if wait else frozenset()
+    return [(name, n) for name, n in weights if name not in gone]
+
+
 def _text_phase(
     nets: Networks, params: Mapping[str, Tree], asked: Asked, device: Device
 ) -> Phase:
@@ -122,6 +134,7 @@ def of(
     asked: Asked | None = None,
     device: Device | None = None,
     title: str = "",
+    wait: bool = False,
 ) -> MemoryPlan:
     """The memory plan of a run; nothing is allocated.
 
@@ -135,6 +148,7 @@ def of(
         asked: batch, dtype, prompts' length, voices.
         device: what runs it.
         title: of the table.
+        wait: whether all but the transformer are on the host until they are used.
 
     Raises:
         ValueError: for whatever `pipeline.run` refuses.
@@ -149,20 +163,26 @@ def of(
     weights = [(n.replace("_", " "), size(t, n, device.mesh)) for n, t in held.items()]
     wanted = outlines.request(nets, layouts, asked)
     inputs = outlines.inputs(nets, params, layouts[-1], asked)
-    phases.append(Phase("inputs", _entries(*weights), device.work(inputs)))
+    encoders = _used(weights, wait, "video vae", "audio vae")
+    phases.append(Phase("inputs", _entries(*encoders), device.work(inputs)))
     weights.append(("prompts, references", size(wanted)))
+    beside = _used(weights, wait)
     copies = device.widened(params["transformer"], "blocks")
     for number, stage in enumerate(plan.stages):
         own = outlines.variables(stage, params, adapters or {})
         traced = outlines.stage(plan, number, nets, params, own, layout, asked)
         change = size(own.get("lora", {}), "transformer", device.mesh)
         extra = ("adapters", change), ("float32 copies", copies)
-        phases.append(
-            Phase(stage.name, _entries(*weights, *extra), device.work(traced))
-        )
+        if wait and stage.refines:
+            *enlarging, last = traced
+            resident = _entries(*_used(weights, wait, "upsampler"))
+            phases.append(Phase("enlarge", resident, device.work(enlarging)))
+            traced = [last]
+        phases.append(Phase(stage.name, _entries(*beside, *extra), device.work(traced)))
     decoding = outlines.decoding(nets, params, layouts[-1], asked)
     work = device.work(decoding, packed=False)
-    phases.append(Phase("decode", _entries(*weights), work))
+    decoders = _used(weights, wait, "video vae", "audio vae", "vocoder")
+    phases.append(Phase("decode", _entries(*decoders), work))
     return MemoryPlan(title, tuple(phases))
 
 
@@ -215,8 +235,9 @@ def for_job(
         f"{config.dtype}, branches {config.branches}, batch {config.batch}"
     )
     args = (job.plan, job.nets, params, job.layout)
-    changes = inputs.adapters
-    return of(*args, adapters=changes, asked=asked, device=device, title=title)
+    options: dict[str, Any] = {"adapters": inputs.adapters, "title": title}
+    options["wait"] = jobs.codecs_wait(config, device.platform)
+    return of(*args, asked=asked, device=device, **options)
 
 
 def limit() -> int | None:

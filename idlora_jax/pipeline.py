@@ -285,9 +285,21 @@ def sample(
 
 
 def with_adapters(
-    base: Tree, adapters: Mapping[str, Adapter], stage: Stage
+    base: Tree,
+    adapters: Mapping[str, Adapter],
+    stage: Stage,
+    mesh: Mesh | None = None,
 ) -> dict[str, Tree]:
     """The transformer's variables in a stage: base and adapters at their strengths.
+
+    Adapters in host memory (NumPy) are moved to the device now, and are there as long
+    as the result: those of another stage are not beside them.
+
+    Args:
+        base: of the transformer.
+        adapters: by name.
+        stage: names them, with their strengths.
+        mesh: devices that they are divided over.
 
     Raises:
         ValueError: if the stage names an adapter that is not there, or one does not fit
@@ -298,12 +310,16 @@ def with_adapters(
         raise ValueError(
             f"stage {stage.name!r} uses the adapters {missing}, got {sorted(adapters)}"
         )
-    used = [lora.scale(adapters[name], strength) for name, strength in stage.adapters]
+    used = [
+        lora.scale(parallel.place(adapters[name], mesh), strength)
+        for name, strength in stage.adapters
+    ]
     if not used:
         return {"params": base}
-    stacked = lora.stack(*used)
+    # One alone is not copied: the distilled LoRA has 7.6 GB.
+    stacked = used[0] if len(used) == 1 else lora.stack(*used)
     lora.check(stacked, base)
-    return {"params": base, "lora": stacked}
+    return {"params": base, "lora": jax.tree.map(jnp.asarray, stacked)}
 
 
 def enlarge(cfg: UpsamplerConfig | None, base: Mapping[str, Tree], latents: AV) -> AV:
@@ -331,7 +347,8 @@ def enlarge(cfg: UpsamplerConfig | None, base: Mapping[str, Tree], latents: AV) 
         )
     stats = base["video_vae"]["stats"]
     video = latents.video.astype(jnp.float32)
-    args = (cfg, base["upsampler"], video, stats["mean"], stats["std"])
+    params = codecs.on_device(base["upsampler"])
+    args = (cfg, params, video, *codecs.on_device((stats["mean"], stats["std"])))
     return AV(_upsample(*args), latents.audio)
 
 
@@ -374,9 +391,12 @@ def stages(
         if stage.refines:
             assert latents is not None, "a plan's first stage does not refine"
             options["before"] = enlarge(nets.upsampler, base, latents)
-        variables = with_adapters(base["transformer"], adapters, stage)
+        args = (base["transformer"], adapters, stage, options.get("mesh"))
+        variables = with_adapters(*args)
         args = (stage, nets.transformer, variables, asked, each_key[number])
         latents = sample(*args, layout=size, **options)
+        # Adapters of this stage are let go before those of the next one come.
+        del args, variables
         yield latents
 
 

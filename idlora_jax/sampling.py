@@ -31,7 +31,7 @@ from idlora_jax import (
     pipeline,
     prompt_cache,
 )
-from idlora_jax.jobs import Inputs, Job, check, plan_of
+from idlora_jax.jobs import Inputs, Job, check, codecs_wait, plan_of
 from idlora_jax.outputs import record, write
 from idlora_jax.pipeline import Media, Request, Watch
 from idlora_jax.prompt_cache import Say
@@ -100,7 +100,12 @@ def load(
     options["mesh"] = mesh_of(config)
     if nets.upsampler is not None:
         names, options["upsampler_path"] = (*names, "upsampler"), config.upsampler
-    return networks.load(config.base, names, **options)[1]
+    if not codecs_wait(config, jax.default_backend()):
+        return networks.load(config.base, names, **options)[1]
+    own = [name for name in names if name == "transformer"]
+    waiting = [name for name in names if name != "transformer"]
+    params = jax.device_get(networks.load(config.base, waiting, **options)[1])
+    return params | networks.load(config.base, own, **options)[1]
 
 
 def request(
@@ -159,7 +164,7 @@ def run(
         job.plan,
         job.nets,
         params,
-        {name: parallel.place(a, mesh) for name, a in inputs.adapters.items()},
+        inputs.adapters,
         jax.tree.map(lambda *rows: jnp.concatenate(rows), *requests),
         jnp.stack([jax.random.key(job.config.seed) for job in jobs]),
         layout=job.layout,

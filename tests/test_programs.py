@@ -67,5 +67,5 @@ def test_the_table_has_a_line_for_each_program_and_one_for_all():
     )
     assert lines.count("scaled product") == 2
     *_, row, last = lines.splitlines()
-    assert row.split()[-5:-1] == ["1.00", "2.00", "1.04e-07", "3"]
+    assert row.split()[-5:-1] == ["1.00", "2.00", "8e-08", "3"]
     assert last.split() == ["together", "2.00", "4.00"]
