@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -110,27 +110,39 @@ def encode_reference(
     return _encode_audio(cfg, on_device(params), seen)
 
 
+def usual_tiles(cells: tuple[int, ...]) -> Tiles | None:
+    """How a latent of [f h w] is cut where nothing else is said; None: not at all."""
+    return None if math.prod(cells) <= WHOLE else Tiles()
+
+
 def decode_video(
-    cfg: VideoVAEConfig, params: Tree, latent: Float[Array, "B f h w C"]
+    cfg: VideoVAEConfig,
+    params: Tree,
+    latent: Float[Array, "B f h w C"],
+    tiles: Tiles | Literal["usual"] | None = "usual",
 ) -> UInt8[Array, "B F H W 3"] | UInt8[np.ndarray, "B F H W 3"]:
     """Pixels of video latents; large clips tile by tile (see `video_tiles`).
 
-    A clip of up to `WHOLE` latent pixels is decoded at once. Of a larger one, finished
-    frames are moved to the host, so that the device holds one slab of frames.
+    Of a clip that is cut, finished frames are moved to the host, so that the device
+    holds one slab of frames.
 
     Args:
         cfg: static.
         params: of the video VAE.
         latent: normalised, float32.
+        tiles: how it is cut; None: decoded at once. "usual": at once up to `WHOLE`
+            latent pixels.
 
     Source: ltx_core/model/video_vae/video_vae.py: decode_video.
     """
     params = on_device(params)
     draws = video_vae.draw(jax.random.key(NOISE_SEED), cfg, latent.shape)
-    if math.prod(latent.shape[1:4]) <= WHOLE:
+    if tiles == "usual":
+        tiles = usual_tiles(latent.shape[1:4])
+    if tiles is None:
         return video_vae.to_uint8(_decode_video(cfg, params, latent, draws=draws))
     options: dict[str, Any] = {"draws": draws, "finish": video_vae.to_uint8}
-    chunks = video_tiles.decode_chunks(cfg, params, latent, Tiles(), **options)
+    chunks = video_tiles.decode_chunks(cfg, params, latent, tiles, **options)
     if isinstance(latent, Tracer):  # no frames yet that could be moved
         return jnp.concatenate([*chunks], 1)
     return np.concatenate([np.asarray(chunk) for chunk in chunks], 1)
@@ -143,7 +155,12 @@ def samples_per_latent(nets: Networks) -> int:
 
 
 def decode(
-    nets: Networks, params: Mapping[str, Tree], latents: AV, *, before: int = 0
+    nets: Networks,
+    params: Mapping[str, Tree],
+    latents: AV,
+    *,
+    before: int = 0,
+    tiles: Tiles | Literal["usual"] | None = "usual",
 ) -> tuple[Any, Float32[Array, "B 2 N"] | None]:
     """Pixels and sound of latents.
 
@@ -152,6 +169,7 @@ def decode(
         params: by network: "video_vae", "audio_vae", "vocoder".
         latents: `AV` of [B F H W C] and [B T M C], normalised; either may be None.
         before: audio latents before time 0, whose sound is cut off.
+        tiles: see `decode_video`.
 
     Returns:
         uint8 [B F H W 3] (see `decode_video`) and float32 [B 2 N].
@@ -161,7 +179,8 @@ def decode(
     latents = each(lambda x: x.astype(jnp.float32), latents)
     video = wave = None
     if latents.video is not None:
-        video = decode_video(nets.video_vae, params["video_vae"], latents.video)
+        args = (nets.video_vae, params["video_vae"], latents.video)
+        video = decode_video(*args, tiles)
     if latents.audio is not None:
         decoder, synthesizer = on_device((params["audio_vae"], params["vocoder"]))
         log_mel = _decode_audio(nets.audio_vae, decoder, latents.audio)

@@ -26,7 +26,7 @@ PATHS = frozenset(
 )
 """Settings for which hashes stand, or that only say where things are."""
 WAYS = frozenset(
-    "branches batch mesh memory text_cache use_text_cache program_cache "
+    "branches batch mesh memory tile_size tile_frames text_cache use_text_cache program_cache "
     "use_program_cache precompile preview save_trajectory overwrite progress "
     "verify".split()
 )

@@ -30,7 +30,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from idlora_jax import geometry, jobs, liveness, outlines, parallel, pipeline
+from idlora_jax import (
+    geometry,
+    jobs,
+    liveness,
+    outlines,
+    parallel,
+    pipeline,
+    tile_choice,
+)
 from idlora_jax.jobs import Inputs, Job
 from idlora_jax.outlines import Asked
 from idlora_jax.phases import GB, MemoryPlan, Phase
@@ -135,6 +143,8 @@ def of(
     device: Device | None = None,
     title: str = "",
     wait: bool = False,
+    tiles: tile_choice.Cut = "usual",
+    most: int | None = None,
 ) -> MemoryPlan:
     """The memory plan of a run; nothing is allocated.
 
@@ -149,6 +159,8 @@ def of(
         device: what runs it.
         title: of the table.
         wait: whether all but the transformer are on the host until they are used.
+        tiles: that the video is decoded in.
+        most: bytes of the device, for which "usual" tiles are chosen; None: by size.
 
     Raises:
         ValueError: for whatever `pipeline.run` refuses.
@@ -179,11 +191,19 @@ def of(
             phases.append(Phase("enlarge", resident, device.work(enlarging)))
             traced = [last]
         phases.append(Phase(stage.name, _entries(*beside, *extra), device.work(traced)))
-    decoding = outlines.decoding(nets, params, layouts[-1], asked)
-    work = device.work(decoding, packed=False)
-    decoders = _used(weights, wait, "video vae", "audio vae", "vocoder")
-    phases.append(Phase("decode", _entries(*decoders), work))
-    return MemoryPlan(title, tuple(phases))
+    decoders = _entries(*_used(weights, wait, "video vae", "audio vae", "vocoder"))
+
+    def decoding(tiles: tile_choice.Cut) -> int:
+        traced = outlines.decoding(nets, params, layouts[-1], asked, tiles)
+        return device.work(traced, packed=False)
+
+    if tiles == "usual" and most is not None:
+        room = round((1 - tile_choice.SPARE) * most) - sum(n for _, n in decoders)
+        tiles, work = tile_choice.largest(decoding, room)
+    else:
+        work = decoding(tiles)
+    phases.append(Phase("decode", decoders, work))
+    return MemoryPlan(f"{title}{tile_choice.told(tiles)}", tuple(phases), tiles=tiles)
 
 
 def this_device(config: SampleConfig) -> Device:
@@ -198,6 +218,7 @@ def for_job(
     text_length: int = 1024,
     device: Device | None = None,
     encodes: bool = True,
+    most: int | None = None,
 ) -> MemoryPlan:
     """The memory plan of a job; only headers of files are read.
 
@@ -207,6 +228,8 @@ def for_job(
         text_length: tokens of a prompt, the tokenizer's `length`.
         device: what runs it (default: the first device, and the configured mesh).
         encodes: whether its prompts have to be encoded, too.
+        most: bytes of the device, which decide how the video is cut for decoding; None:
+            its size does.
 
     Raises:
         ValueError: if files are unreadable or incomplete.
@@ -237,6 +260,7 @@ def for_job(
     args = (job.plan, job.nets, params, job.layout)
     options: dict[str, Any] = {"adapters": inputs.adapters, "title": title}
     options["wait"] = jobs.codecs_wait(config, device.platform)
+    options |= {"tiles": tile_choice.explicit(config), "most": most}
     return of(*args, asked=asked, device=device, **options)
 
 
@@ -376,7 +400,7 @@ def helps(
         groups += _smaller(job, device)
     for group in groups:
         for text, other, on in group:
-            peak = for_job(other, inputs, device=on, **options).peak.total
+            peak = for_job(other, inputs, device=on, most=most, **options).peak.total
             if peak <= most:
                 yield f"{text} ({peak / GB:.2f} GB)"
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 GB = 1e9
 
@@ -34,10 +35,12 @@ class MemoryPlan:
     Attributes:
         title: what it is the plan of.
         phases: in the order of the run.
+        tiles: that the video is decoded in, see `tile_choice`.
     """
 
     title: str
     phases: tuple[Phase, ...]
+    tiles: Any = "usual"
 
     @property
     def peak(self) -> Phase:

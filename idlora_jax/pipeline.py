@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from idlora_jax.config_upsampler import UpsamplerConfig
 from idlora_jax.keys import Keys
 from idlora_jax.model import transformer, upsampler
 from idlora_jax.model.attention import Backend
+from idlora_jax.model.tiling import Tiles
 from idlora_jax.plans import Plan, Stage
 from idlora_jax.starts import (
     LARGER,
@@ -409,6 +410,7 @@ def run(
     key: Keys,
     *,
     layout: Layout,
+    tiles: Tiles | Literal["usual"] | None = "usual",
     **options: Any,
 ) -> Media:
     """Sample a plan and decode the result.
@@ -422,6 +424,7 @@ def run(
         request: see `Request`.
         key: for everything drawn, or one per sample [B].
         layout: the clip, from `clip`, at the size of the first stage.
+        tiles: how the video is cut for decoding, see `codecs.decode_video`.
         options: numerics, dtype, backend, mesh and watch of `sample`.
 
     Raises:
@@ -436,4 +439,5 @@ def run(
     args = (plan, nets, base, adapters, request, key)
     *_, latents = stages(*args, layout=layout, **options)
     before = layout.audio.before if layout.audio is not None else 0
-    return Media(*codecs.decode(nets, base, latents, before=before), latents)
+    made = codecs.decode(nets, base, latents, before=before, tiles=tiles)
+    return Media(*made, latents)

@@ -30,12 +30,14 @@ from idlora_jax import (
     parallel,
     pipeline,
     prompt_cache,
+    tile_choice,
 )
 from idlora_jax.jobs import Inputs, Job, check, codecs_wait, plan_of
 from idlora_jax.outputs import record, write
 from idlora_jax.pipeline import Media, Request, Watch
 from idlora_jax.prompt_cache import Say
 from idlora_jax.sample_config import SampleConfig
+from idlora_jax.tile_choice import Cut
 from idlora_jax.types import Adapter, Prompt, Tree, each
 from idlora_jax.weights import networks
 from idlora_jax.weights.networks import Networks
@@ -149,6 +151,7 @@ def run(
     requests: Sequence[Request],
     params: Mapping[str, Tree],
     watch: Watch | None = None,
+    tiles: Cut = "usual",
 ) -> Media:
     """Make samples in one batch; each is what it is alone.
 
@@ -158,6 +161,7 @@ def run(
         requests: of each, of equal shapes.
         params: from `load`.
         watch: see `pipeline.sample`.
+        tiles: that the videos are decoded in.
     """
     job, mesh = jobs[0], mesh_of(jobs[0].config)
     result = pipeline.run(
@@ -171,6 +175,7 @@ def run(
         numerics=job.config.numerics,
         dtype=job.config.dtype,
         mesh=mesh,
+        tiles=tiles,
         watch=watch,
     )
     return jax.block_until_ready(result)
@@ -239,7 +244,8 @@ def generate(
     params = load(job.config, job.nets)
     asked = request(job, inputs, params, found)
     clock.append(time.perf_counter())
-    result = run([job], inputs, [asked], params, watch)
+    cut = tile_choice.explicit(job.config)
+    result = run([job], inputs, [asked], params, watch, cut)
     clock.append(time.perf_counter())
     text_s, load_s, sample_s = np.diff(clock).round(3).tolist()
     spent = {"text": text_s, "load": load_s, "sample": sample_s}

@@ -25,7 +25,8 @@ LEVELS = (
     "prompts prompt_cache plans as_trained codecs starts pipeline continuation "
     "previews outlines phases memory trajectories jobs finished batches outputs "
     "sampling sessions validation heldout run_files fitting training_outlines "
-    "training_memory training_checks dry_run precompile data.*",
+    "training_memory training_checks dry_run precompile tile_choice "
+    "data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""

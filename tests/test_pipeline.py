@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from idlora_jax.model import transformer
 from idlora_jax.pipeline import Request
 from idlora_jax.plans import Plan, Stage
 from idlora_jax.types import AV, Layout, each
+from idlora_jax.weights.networks import Networks
 
 LAYOUT = Layout(GRID, SOUND)
 CFG = small.config("2.0")
@@ -395,7 +395,9 @@ def test_adapters_of_one_stage_are_not_on_the_device_in_another(monkeypatch):
     plan = plans.two_stage(**options)
     second = pipeline.layouts(plan, LAYOUT)[1]
     monkeypatch.setattr(pipeline, "enlarge", lambda *_: _latents(second))
-    nets = SimpleNamespace(transformer=CFG, upsampler=None)
+    nets = object.__new__(Networks)  # of which one network is all there is
+    for name, value in {"transformer": CFG, "upsampler": None}.items():
+        object.__setattr__(nets, name, value)
     args = (plan, nets, {"transformer": small.base("2.0")}, own, ask(first_frame=False))
     watch = lambda s: seen.append((s.stage, there(7), there(11)))
     for _ in pipeline.stages(*args, jax.random.key(0), layout=LAYOUT, watch=watch):
