@@ -135,7 +135,8 @@ def codecs_wait(config: SampleConfig, platform: str) -> bool:
     So they do for plans with a distilled LoRA beside the transformer: its 7.6 GB and
     their 3.7 GB would not be needed at once. A host that computes has but one memory.
     """
-    return config.plan in REFINING and not config.mesh and platform != "cpu"
+    large = config.distilled_lora is not None
+    return large and not config.mesh and platform != "cpu"
 
 
 def _strengths(config: SampleConfig) -> tuple[float, ...]:

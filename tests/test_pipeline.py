@@ -381,10 +381,11 @@ def test_gradients_reach_the_reference_and_remat_changes_nothing():
 
 
 def test_adapters_of_one_stage_are_not_on_the_device_in_another(monkeypatch):
+    base = small.base("2.0")
+
     def host(rank: int) -> Any:
-        made = jax.eval_shape(
-            lambda k: adapters.init(k, small.base("2.0"), rank), jax.random.key(0)
-        )
+        init = lambda key: adapters.init(key, base, rank)
+        made = jax.eval_shape(init, jax.random.key(0))
         return jax.tree.map(lambda x: np.full(x.shape, 0.01, np.float32), made)
 
     def there(rank: int) -> bool:
@@ -398,7 +399,7 @@ def test_adapters_of_one_stage_are_not_on_the_device_in_another(monkeypatch):
     nets = object.__new__(Networks)  # of which one network is all there is
     for name, value in {"transformer": CFG, "upsampler": None}.items():
         object.__setattr__(nets, name, value)
-    args = (plan, nets, {"transformer": small.base("2.0")}, own, ask(first_frame=False))
+    args = (plan, nets, {"transformer": base}, own, ask(first_frame=False))
     watch = lambda s: seen.append((s.stage, there(7), there(11)))
     for _ in pipeline.stages(*args, jax.random.key(0), layout=LAYOUT, watch=watch):
         seen.append(("between", there(7), there(11)))
