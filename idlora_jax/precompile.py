@@ -166,5 +166,5 @@ def training(plan: Fit) -> list[Compiled]:
         # What is logged and exported.
         optimizers.learning_rate(config.optimizer, config.steps)(0)
         if config.mode == "lora":
-            adapters.scale(state.evaluated, config.lora.factor)
+            adapters.scale(jax.device_get(state.evaluated), config.lora.factor)
     return rows
