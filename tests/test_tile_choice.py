@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any
 
@@ -26,6 +27,7 @@ def test_every_choice_cuts_any_size_and_needs_less_than_the_one_before(tiny_mode
     params = outlines.parameters(tiny_model[0])
     layout, asked = pipeline.clip(121, 1024, 1024), outlines.Asked()
 
+    @functools.cache
     def work(tiles: Tiles | None) -> int:
         traced = outlines.decoding(nets, params, layout, asked, tiles)
         return GPU.work(traced, packed=False)
