@@ -41,7 +41,7 @@ _decode_audio = programs.jit(audio_vae.decode, "decode sound", static_argnums=0)
 _synthesize = programs.jit(vocoder.synthesize, "vocoder", static_argnums=0)
 
 
-def on_device(params: Tree) -> Tree:
+def on_device(params: Any) -> Any:
     """Parameters that are in host memory (NumPy), moved to the device; others as is.
 
     Done once for all that is encoded or decoded at a time: given to compiled functions
