@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -21,7 +20,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
-from idlora_jax import guidance, keys
+from idlora_jax import guidance, keys, programs
 from idlora_jax.guidance import Term
 from idlora_jax.keys import Keys
 from idlora_jax.solvers import Solver, Table
@@ -242,8 +241,7 @@ def _advance(
     return _State(each(pin, x, streams), carry, memory), seen
 
 
-@partial(jax.jit, static_argnames=("step", "record", "remat"))
-def _scan(
+def _all_steps(
     denoise: Denoise,
     step: Callable[..., Any],
     streams: AV,
@@ -261,7 +259,9 @@ def _scan(
     return jax.lax.scan(body, state, rows)
 
 
-_one = jax.jit(_advance, static_argnames=("step",))
+_static = ("step", "record", "remat")
+_scan = programs.jit(_all_steps, "sampler", static_argnames=_static)
+_one = programs.jit(_advance, "sampler step", static_argnames=("step",))
 
 
 def _weights(weights: Any, table: Table) -> Any:

@@ -212,6 +212,10 @@ class TrainConfig:
         distributed: how processes on several hosts find each other.
         memory: what happens if the memory plan exceeds the device: an error, a warning,
             or no plan at all.
+        program_cache: folder of compiled programs; None: in the user's cache folder.
+        use_program_cache: whether compiled programs are kept and used again.
+        precompile: compile all that the run needs, say what of time and memory that
+            takes, and read no weights.
         dry_run: print what the run is and needs, and do nothing.
         assume: what that takes for what is not there.
         resume: continue from the newest state in `output`.
@@ -252,6 +256,9 @@ class TrainConfig:
     mesh: str = ""
     distributed: Distributed = field(default_factory=Distributed)
     memory: Literal["check", "warn", "off"] = "check"
+    program_cache: Path | None = None
+    use_program_cache: bool = True
+    precompile: bool = False
     dry_run: bool = False
     assume: Assume = field(default_factory=Assume)
     resume: bool = False

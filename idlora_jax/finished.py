@@ -26,7 +26,8 @@ PATHS = frozenset(
 )
 """Settings for which hashes stand, or that only say where things are."""
 WAYS = frozenset(
-    "branches batch text_kv without mesh memory text_cache use_text_cache preview "
+    "branches batch text_kv without mesh memory tile_size tile_frames text_cache "
+    "use_text_cache program_cache use_program_cache precompile preview "
     "save_trajectory overwrite progress verify".split()
 )
 """Settings that change how a sample is made, and not the sample."""

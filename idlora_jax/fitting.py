@@ -305,26 +305,36 @@ def reading_of(
         yield whole, data, reader
 
 
-def _read(
-    plan: Fit, mesh: Mesh | None
-) -> tuple[Tree, Tree, Callable[[Tree], Tree], latents.Connect]:
-    """What is trained, what is frozen, see `served`, and the connectors."""
-    config, nets = plan.run.config, plan.nets
+def _load(config: TrainConfig, mesh: Mesh | None) -> Iterator[Tree]:
+    """The connectors' parameters, then the transformer's."""
     options: dict[str, Any] = {
         "dtype": jnp.dtype(config.dtype),
         "weights": config.weights,
         "weights_in": config.weights_in,
     }
     # Each process connects the prompts of its own clips, on its own device.
-    _, params = networks.load(config.base, ("text_connector",), **options)
-    _, found = networks.load(config.base, ("transformer",), mesh=mesh, **options)
-    read = found.pop("transformer")
-    made, base = trained(config, read, mesh)
+    yield networks.load(config.base, ("text_connector",), **options)[1]
+    found = networks.load(config.base, ("transformer",), mesh=mesh, **options)[1]
+    yield found.pop("transformer")
+
+
+def connector(plan: Fit, params: Tree) -> latents.Connect:
+    """From stored features to prompts, given {"text_connector": its parameters}."""
+    nets, numerics = plan.nets, plan.run.config.numerics
 
     def connect(features: Any, mask: Any) -> Any:
-        return prompts.prompts(nets, params, features, mask, numerics=config.numerics)
+        return prompts.prompts(nets, params, features, mask, numerics=numerics)
 
-    return made, base, served(plan, read, base), connect
+    return connect
+
+
+def _read(
+    plan: Fit, mesh: Mesh | None
+) -> tuple[Tree, Tree, Callable[[Tree], Tree], latents.Connect]:
+    """What is trained, what is frozen, see `served`, and the connectors."""
+    params, read = _load(plan.run.config, mesh)
+    made, base = trained(plan.run.config, read, mesh)
+    return made, base, served(plan, read, base), connector(plan, params)
 
 
 def _sample(

@@ -42,6 +42,7 @@ from idlora_jax import (
     outlines,
     parallel,
     pipeline,
+    tile_choice,
 )
 from idlora_jax.jobs import Inputs, Job
 from idlora_jax.outlines import Asked
@@ -134,6 +135,18 @@ def _entries(*pairs: tuple[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple((name, n) for name, n in pairs if n)
 
 
+WAITING = frozenset({"video vae", "audio vae", "vocoder", "upsampler"})
+"""Networks that may be in host memory until they are used (`jobs.codecs_wait`)."""
+
+
+def _used(
+    weights: Iterable[tuple[str, int]], wait: bool, *names: str
+) -> list[tuple[str, int]]:
+    """Those of the weights that are on the device while some networks are used."""
+    gone = WAITING - {*names} if wait else frozenset()
+    return [(name, n) for name, n in weights if name not in gone]
+
+
 def _text_phase(
     nets: Networks, params: Mapping[str, Tree], asked: Asked, device: Device
 ) -> Phase:
@@ -153,6 +166,9 @@ def of(
     asked: Asked | None = None,
     device: Device | None = None,
     title: str = "",
+    wait: bool = False,
+    tiles: tile_choice.Cut = "usual",
+    most: int | None = None,
 ) -> MemoryPlan:
     """The memory plan of a run; nothing is allocated.
 
@@ -166,6 +182,9 @@ def of(
         asked: batch, dtype, prompts' length, voices.
         device: what runs it.
         title: of the table.
+        wait: whether all but the transformer are on the host until they are used.
+        tiles: that the video is decoded in.
+        most: bytes of the device, for which "usual" tiles are chosen; None: by size.
 
     Raises:
         ValueError: for whatever `pipeline.run` refuses.
@@ -180,23 +199,38 @@ def of(
     weights = [(n.replace("_", " "), device.held(t, n)) for n, t in held.items()]
     wanted = outlines.request(nets, layouts, asked)
     inputs = outlines.inputs(nets, params, layouts[-1], asked)
-    phases.append(Phase("inputs", _entries(*weights), device.work(inputs)))
+    encoders = _used(weights, wait, "video vae", "audio vae")
+    phases.append(Phase("inputs", _entries(*encoders), device.work(inputs)))
     weights.append(("prompts, references", size(wanted)))
     base = params["transformer"]
+    beside = _used(weights, wait)
     copies = device.widened(base, "blocks")
     for number, stage in enumerate(plan.stages):
         own = outlines.variables(stage, params, adapters or {})
         traced = outlines.stage(plan, number, nets, params, own, layout, asked)
         change = size(own.get("lora", {}), "transformer", device.mesh)
         extra = ("adapters", change), ("float32 copies", copies)
-        phases.append(
-            Phase(stage.name, _entries(*weights, *extra), device.work(traced))
-        )
-    decoding = outlines.decoding(nets, params, layouts[-1], asked)
-    work = device.work(decoding, packed=False)
-    phases.append(Phase("decode", _entries(*weights), work))
+        if wait and stage.refines:
+            *enlarging, last = traced
+            resident = _entries(*_used(weights, wait, "upsampler"))
+            phases.append(Phase("enlarge", resident, device.work(enlarging)))
+            traced = [last]
+        phases.append(Phase(stage.name, _entries(*beside, *extra), device.work(traced)))
+    decoders = _entries(*_used(weights, wait, "video vae", "audio vae", "vocoder"))
+
+    def decoding(tiles: tile_choice.Cut) -> int:
+        traced = outlines.decoding(nets, params, layouts[-1], asked, tiles)
+        return device.work(traced, packed=False)
+
+    if tiles == "usual" and most is not None:
+        room = round((1 - tile_choice.SPARE) * most) - sum(n for _, n in decoders)
+        tiles, work = tile_choice.largest(decoding, room)
+    else:
+        work = decoding(tiles)
+    phases.append(Phase("decode", decoders, work))
     on_host = 0 if device.platform == "cpu" else device.hosted(base, "transformer")
-    return MemoryPlan(title, tuple(phases), on_host)
+    title = f"{title}{tile_choice.told(tiles)}"
+    return MemoryPlan(title, tuple(phases), on_host, tiles)
 
 
 def this_device(config: SampleConfig) -> Device:
@@ -211,6 +245,7 @@ def for_job(
     text_length: int = 1024,
     device: Device | None = None,
     encodes: bool = True,
+    most: int | None = None,
 ) -> MemoryPlan:
     """The memory plan of a job; only headers of files are read.
 
@@ -220,6 +255,8 @@ def for_job(
         text_length: tokens of a prompt, the tokenizer's `length`.
         device: what runs it (default: the first device, and the configured mesh).
         encodes: whether its prompts have to be encoded, too.
+        most: bytes of the device, which decide how the video is cut for decoding; None:
+            its size does.
 
     Raises:
         ValueError: if files are unreadable or incomplete.
@@ -250,8 +287,10 @@ def for_job(
         f"{config.dtype}, branches {config.branches}, batch {config.batch}"
     )
     args = (job.plan, job.nets, params, job.layout)
-    changes = inputs.adapters
-    return of(*args, adapters=changes, asked=asked, device=device, title=title)
+    options: dict[str, Any] = {"adapters": inputs.adapters, "title": title}
+    options["wait"] = jobs.codecs_wait(config, device.platform)
+    options |= {"tiles": tile_choice.explicit(config), "most": most}
+    return of(*args, asked=asked, device=device, **options)
 
 
 def limit() -> int | None:
@@ -393,7 +432,7 @@ def helps(
         groups += _smaller(job, device)
     for group in groups:
         for text, other, on in group:
-            peak = for_job(other, inputs, device=on, **options).peak.total
+            peak = for_job(other, inputs, device=on, most=most, **options).peak.total
             if peak <= most:
                 yield f"{text} ({peak / GB:.2f} GB)"
                 break

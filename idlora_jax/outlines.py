@@ -301,25 +301,32 @@ def stage(
 
 
 def decoding(
-    nets: Networks, params: Mapping[str, Tree], largest: Layout, asked: Asked
+    nets: Networks,
+    params: Mapping[str, Tree],
+    largest: Layout,
+    asked: Asked,
+    tiles: Tiles | Literal["usual"] | None = "usual",
 ) -> list[Any]:
     """Decoding video and sound, as jaxprs; a tiled video slab by slab."""
     made = latents(nets, largest, asked.batch)
     assert largest.video is not None, "a clip has both"
+    if tiles == "usual":
+        tiles = codecs.usual_tiles(geometry.latent_shape(largest.video))
 
     def last(params: Any, video: Any) -> Any:
         """The last slab of frames: those before it are let go one by one."""
         cfg = nets.video_vae
         draws = video_vae.draw(jax.random.key(0), cfg, video.shape)
         options: dict[str, Any] = {"draws": draws, "finish": video_vae.to_uint8}
-        *_, chunk = video_tiles.decode_chunks(cfg, params, video, Tiles(), **options)
+        assert tiles is not None, "a whole clip has no slabs"
+        *_, chunk = video_tiles.decode_chunks(cfg, params, video, tiles, **options)
         return chunk
 
     def at_once(params: Any, pair: AV) -> Any:
-        return codecs.decode(nets, params, pair)
+        return codecs.decode(nets, params, pair, tiles=None)
 
     side = {n: params[n] for n in ("video_vae", "audio_vae", "vocoder")}
     parts = [_traced(at_once, side, AV(None, made.audio))]
-    if geometry.tokens(largest.video) > codecs.WHOLE:
+    if tiles is not None:
         return [*parts, _traced(last, side["video_vae"], made.video)]
     return [*parts, _traced(at_once, side, AV(made.video, None))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 GB = 1e9
 
@@ -35,11 +36,13 @@ class MemoryPlan:
         title: what it is the plan of.
         phases: in the order of the run.
         host: bytes of weights in host memory, from where they come layer by layer.
+        tiles: that the video is decoded in, see `tile_choice`.
     """
 
     title: str
     phases: tuple[Phase, ...]
     host: int = 0
+    tiles: Any = "usual"
 
     @property
     def peak(self) -> Phase:

@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from idlora_jax import adapters as lora
-from idlora_jax import codecs, denoise, keys, parallel, plans
+from idlora_jax import codecs, denoise, keys, parallel, plans, programs
 from idlora_jax.config import TransformerConfig
 from idlora_jax.config_upsampler import UpsamplerConfig
 from idlora_jax.keys import Keys
 from idlora_jax.model import transformer, upsampler
 from idlora_jax.model.attention import Backend
+from idlora_jax.model.tiling import Tiles
 from idlora_jax.plans import Plan, Stage
 from idlora_jax.savings import Saving, TextKV
 from idlora_jax.starts import (
@@ -138,6 +139,14 @@ def network(
     return apply
 
 
+_prepare = programs.jit(
+    transformer.prepare,
+    "tables and prompts",
+    static_argnums=0,
+    static_argnames=("numerics", "text_kv"),
+)
+
+
 def denoiser(
     stage: Stage,
     cfg: TransformerConfig,
@@ -189,7 +198,7 @@ def denoiser(
     return denoise.make_denoiser(
         network(cfg, dtype, backend, mesh, numerics, without),
         dict(variables),
-        transformer.prepare(cfg, variables, s, texts, **options),
+        _prepare(cfg, dict(variables), s, texts, **options),
         stage.terms,
         target_counts(layout),
         depth=cfg.layers,
@@ -293,9 +302,21 @@ def sample(
 
 
 def with_adapters(
-    base: Tree, adapters: Mapping[str, Adapter], stage: Stage
+    base: Tree,
+    adapters: Mapping[str, Adapter],
+    stage: Stage,
+    mesh: Mesh | None = None,
 ) -> dict[str, Tree]:
     """The transformer's variables in a stage: base and adapters at their strengths.
+
+    Adapters in host memory (NumPy) are moved to the device now, and are there as long
+    as the result: those of another stage are not beside them.
+
+    Args:
+        base: of the transformer.
+        adapters: by name.
+        stage: names them, with their strengths.
+        mesh: devices that they are divided over.
 
     Raises:
         ValueError: if the stage names an adapter that is not there, or one does not fit
@@ -306,12 +327,16 @@ def with_adapters(
         raise ValueError(
             f"stage {stage.name!r} uses the adapters {missing}, got {sorted(adapters)}"
         )
-    used = [lora.scale(adapters[name], strength) for name, strength in stage.adapters]
+    used = [
+        lora.scale(parallel.place(adapters[name], mesh), strength)
+        for name, strength in stage.adapters
+    ]
     if not used:
         return {"params": base}
-    stacked = lora.stack(*used)
+    # One alone is not copied: the distilled LoRA has 7.6 GB.
+    stacked = used[0] if len(used) == 1 else lora.stack(*used)
     lora.check(stacked, base)
-    return {"params": base, "lora": stacked}
+    return {"params": base, "lora": jax.tree.map(jnp.asarray, stacked)}
 
 
 def enlarge(cfg: UpsamplerConfig | None, base: Mapping[str, Tree], latents: AV) -> AV:
@@ -338,12 +363,20 @@ def enlarge(cfg: UpsamplerConfig | None, base: Mapping[str, Tree], latents: AV) 
             f"expected {[*want]}; use a spatial x2 upsampler"
         )
     stats = base["video_vae"]["stats"]
-    statistics = (jnp.asarray(stats[n], jnp.float32) for n in ("mean", "std"))
     video = latents.video.astype(jnp.float32)
-    return AV(_upsample(cfg, base["upsampler"], video, *statistics), latents.audio)
+    params = codecs.on_device(base["upsampler"])
+    args = (cfg, params, video, *codecs.on_device((stats["mean"], stats["std"])))
+    return AV(_upsample(*args), latents.audio)
 
 
-_upsample = jax.jit(upsampler.upsample, static_argnums=0)
+def _upsampled(
+    cfg: UpsamplerConfig, params: Tree, video: Any, mean: Any, std: Any
+) -> Any:
+    statistics = (x.astype(jnp.float32) for x in (mean, std))
+    return upsampler.upsample(cfg, params, video, *statistics)
+
+
+_upsample = programs.jit(_upsampled, "enlarge", static_argnums=0)
 
 
 def layouts(plan: Plan, layout: Layout) -> tuple[Layout, ...]:
@@ -375,9 +408,12 @@ def stages(
         if stage.refines:
             assert latents is not None, "a plan's first stage does not refine"
             options["before"] = enlarge(nets.upsampler, base, latents)
-        variables = with_adapters(base["transformer"], adapters, stage)
+        args = (base["transformer"], adapters, stage, options.get("mesh"))
+        variables = with_adapters(*args)
         args = (stage, nets.transformer, variables, asked, each_key[number])
         latents = sample(*args, layout=size, **options)
+        # Adapters of this stage are let go before those of the next one come.
+        del args, variables
         yield latents
 
 
@@ -390,6 +426,7 @@ def run(
     key: Keys,
     *,
     layout: Layout,
+    tiles: Tiles | Literal["usual"] | None = "usual",
     **options: Any,
 ) -> Media:
     """Sample a plan and decode the result.
@@ -403,6 +440,7 @@ def run(
         request: see `Request`.
         key: for everything drawn, or one per sample [B].
         layout: the clip, from `clip`, at the size of the first stage.
+        tiles: how the video is cut for decoding, see `codecs.decode_video`.
         options: numerics, dtype, backend, mesh, text_kv, without and watch of `sample`.
 
     Raises:
@@ -417,4 +455,5 @@ def run(
     args = (plan, nets, base, adapters, request, key)
     *_, latents = stages(*args, layout=layout, **options)
     before = layout.audio.before if layout.audio is not None else 0
-    return Media(*codecs.decode(nets, base, latents, before=before), latents)
+    made = codecs.decode(nets, base, latents, before=before, tiles=tiles)
+    return Media(*made, latents)

@@ -78,8 +78,16 @@ class SampleConfig:
         mesh: axes over devices, for instance "data=2,tensor=4"; empty: one device.
         memory: what happens if the memory plan exceeds the device: an error, a warning,
             or no plan at all.
+        tile_size: pixels along a side of the tiles that a video is decoded in, a
+            multiple of 32; 0: frames are not cut. None: the largest that fit.
+        tile_frames: frames of a tile less one, a multiple of 8; 0: time is not cut.
+            None: as `tile_size`.
         text_cache: folder of encoded prompts; None: in the user's cache folder.
         use_text_cache: whether encoded prompts are kept and used again.
+        program_cache: folder of compiled programs; None: in the user's cache folder.
+        use_program_cache: whether compiled programs are kept and used again.
+        precompile: compile all that the samples need, say what of time and memory that
+            takes, and read no weights.
         crf: quality of the mp4's pictures; 0 best, 51 worst.
         contact_sheet: whether `<name>.png` is written.
         provenance: whether the mp4 itself says what made it; the JSON always does.
@@ -133,8 +141,13 @@ class SampleConfig:
     without: tuple[Saving, ...] = ()
     mesh: str = ""
     memory: Literal["check", "warn", "off"] = "check"
+    tile_size: int | None = None
+    tile_frames: int | None = None
     text_cache: Path | None = None
     use_text_cache: bool = True
+    program_cache: Path | None = None
+    use_program_cache: bool = True
+    precompile: bool = False
     crf: int = 17
     contact_sheet: bool = True
     provenance: bool = True
@@ -168,6 +181,10 @@ class SampleConfig:
             require(both, name, side, "height and width together, or neither")
             near = 512 if side is None else max(1, round(side / 32)) * 32
             require(side in (None, near), name, side, f"a multiple of 32 (use {near})")
+        for name, unit in (("tile_size", 32), ("tile_frames", 8)):
+            value = getattr(self, name)
+            near = value and max(2, round(value / unit)) * unit
+            require(value == near, name, value, f"a multiple of {unit} (use {near})")
         require(0 < self.fps < 1000, "fps", self.fps, "above 0 (use 25)")
         require(0 <= self.crf <= 51, "crf", self.crf, "0 to 51 (use 17)")
         require(self.preview >= 0, "preview", self.preview, "0 or more steps")

@@ -18,14 +18,14 @@ LEVELS = (
     "tagged axes",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
     "norms wandb_run records solvers losses parallel shares distributed keys liveness "
-    "flops hosted quality",
+    "flops compile_cache programs hosted quality",
     "streams references",
     "denoise strategies model.*",
     "training evaluation loop runs states diagnosis weights.* checkpoints",
     "prompts prompt_cache plans as_trained codecs starts pipeline continuation "
     "previews outlines phases lighter memory trajectories jobs finished batches "
     "outputs sampling sessions validation heldout run_files fitting training_outlines "
-    "training_memory training_checks dry_run data.*",
+    "training_memory training_checks dry_run precompile tile_choice data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""

@@ -218,6 +218,25 @@ def test_an_adapter_counts_where_a_stage_uses_it(tiny_model, larger):
     assert sizes == {"text": 0, "inputs": 0, "first": wanted, "refine": 0, "decode": 0}
 
 
+def test_what_waits_on_the_host_counts_where_it_is_used(tiny_model, larger):
+    nets, params = opened(tiny_model[0], tiny_model[1], larger, dtype="float32")
+    plan = plans.two_stage(steps=2, video_cfg=1, audio_cfg=1, **FEW)
+    args = (plan, nets, params, pipeline.clip(9, 64, 64))
+    found = memory.of(*args, asked=ASKED, wait=True)
+    waiting = {p.name: {*dict(p.resident)} & memory.WAITING for p in found.phases}
+    assert waiting == {
+        "text": set(),
+        "inputs": {"video vae", "audio vae"},
+        "first": set(),
+        "enlarge": {"upsampler"},
+        "refine": set(),
+        "decode": {"video vae", "audio vae", "vocoder"},
+    }
+    whole = memory.of(*args, asked=ASKED)
+    peaks = {p.name: p.temporary for p in whole.phases}
+    assert peaks["refine"] == max(p.temporary for p in found.phases[3:5])
+
+
 def test_a_mesh_divides_the_weights_as_the_rules_say(tiny_model):
     _, params = opened(tiny_model[0], tiny_model[1], dtype="float32")
     whole = memory.size(params["transformer"])
