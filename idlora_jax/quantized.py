@@ -150,7 +150,8 @@ def layer(stack: Array | Quantized | Int8, index: Int[Array, ""]) -> Array | Int
 
 
 def product(
-    x: Float[Array, "... I"], kernel: Float[Array, "I O"] | Int8
+    x: Float[Array, "... I"],
+    kernel: Float[Array, "I O"] | Float[np.ndarray, "I O"] | Int8,
 ) -> Float[Array, "... O"]:
     """`x @ kernel` in the dtype of x; int8 is scaled after the product.
 

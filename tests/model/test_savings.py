@@ -59,18 +59,18 @@ def same(got: tuple[AV, ...], want: tuple[AV, ...], mode: str = "sweep") -> None
         close(cut(g, counts), cut(w, counts))
 
 
+@pytest.mark.parametrize("mode", MODES)
 @generations
-def test_all_savings_together_change_nothing(generation: str):
-    same(found(generation, without=SAVINGS), found(generation))
+def test_all_savings_together_change_nothing(generation: str, mode: str):
+    without = found(generation, without=SAVINGS, mode=mode)
+    same(without, found(generation, mode=mode))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("saving", SAVINGS)
 @generations
-def test_results_with_and_without_a_saving_agree(generation, saving, mode):
-    got = found(generation, mode=mode, without=(saving,))
-    same(got, found(generation))
+def test_results_with_and_without_a_saving_agree(generation, saving):
+    same(found(generation, without=(saving,)), found(generation))
 
 
 @pytest.mark.parametrize("mode", ["sweep", "batch"])
