@@ -107,7 +107,7 @@ def whole(params: Tree) -> Tree:
 
 def compiled(folder: str, run: Callable[[], Any]) -> tuple[Any, str]:
     """What `run` gives, and the text of the sampling loop that it compiled."""
-    pattern = "*jit__scan*after_optimizations.txt"
+    pattern = "*jit__all_steps*after_optimizations.txt"
     before = set(Path(folder).glob(pattern))
     out = run()
     (new,) = set(Path(folder).glob(pattern)) - before

@@ -190,7 +190,7 @@ def seen(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("eight")
     file = eight_devices.write(folder / "small.safetensors")
     given = str(file), str(folder / virtual_devices.DUMP)
-    return virtual_devices.seen("eight_devices.py", folder, "jit__scan", *given)
+    return virtual_devices.seen("eight_devices.py", folder, "jit__all_steps", *given)
 
 
 @pytest.mark.slow
