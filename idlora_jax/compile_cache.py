@@ -78,7 +78,8 @@ def folder_of(config: SampleConfig | TrainConfig) -> Path | None:
         return None
     if said:
         return Path(said) / _machine()
-    own, root = jax.config.read("jax_compilation_cache_dir"), files.user_cache()
+    own: Any = jax.config.jax_compilation_cache_dir  # pyright: ignore
+    root = files.user_cache()
     return None if own or root is None else root / "programs" / _machine()
 
 

@@ -300,8 +300,8 @@ def test_a_clip_checks_its_size():
 def test_run_decodes_what_the_stage_sampled(monkeypatch: Any, usual: AV):
     given: dict[str, Any] = {}
 
-    def decode(nets: Any, params: Any, latents: AV, before: int) -> tuple[str, str]:
-        given.update(nets=nets, params=params, latents=latents)
+    def decode(nets: Any, params: Any, latents: AV, **options: Any) -> tuple[str, str]:
+        given.update(nets=nets, params=params, latents=latents, **options)
         return "video", "wave"
 
     monkeypatch.setattr(codecs, "decode", decode)
@@ -311,6 +311,7 @@ def test_run_decodes_what_the_stage_sampled(monkeypatch: Any, usual: AV):
     args = (plan, nets, base, {"id": lora()}, ask(), jax.random.key(0))
     media = pipeline.run(*args, layout=LAYOUT)
     assert (media.video, media.wave, given["nets"]) == ("video", "wave", nets)
+    assert (given["before"], given["tiles"]) == (0, "usual")
     assert same(media.latents, usual)
 
 
