@@ -149,7 +149,8 @@ def test_branches_side_by_side_cost_little_more(generation: str, mode: str):
 def test_a_call_without_guidance_costs_one_pass_and_no_more(generation: str):
     plain, (refining, *_) = tera(generation, (Branch(),)), plans.two_stage().stages[1:]
     off = tuple(name for name in ALL if name not in ("two_timesteps", "text_kv"))
-    assert plain == tera(generation, (Branch(),), off)
+    # Chunks of queries are of one size: the last may be filled up.
+    assert plain == pytest.approx(tera(generation, (Branch(),), off), rel=1e-4)
     assert 0 < plain - tera(generation, (refining.positive,)) < 0.005 * plain
 
 
