@@ -52,8 +52,9 @@ def main() -> int:
     config = commandline.parse(sys.argv[1:], SampleConfig)
     configs = batches.read(config, warn)
     # Imports jax: later than the command line, so that its mistakes answer at once.
-    from idlora_jax import sessions
+    from idlora_jax import compile_cache, precompile, programs, sessions
 
+    compile_cache.start(compile_cache.folder_of(config), warn)
     states: Counter[str] = Counter()
     try:
         session = sessions.prepare(configs)
@@ -64,6 +65,12 @@ def main() -> int:
         for outcome in session.outcomes:
             report(outcome)
             states[outcome.state] += 1
+        if config.precompile:
+            rows, failed = precompile.samples(session)
+            for outcome in failed:
+                report(outcome)
+            print(programs.table(rows))
+            return commandline.FAILURE if failed else 0
         hidden = not (config.progress and session.todo)
         with tqdm(total=session.steps, unit="step", disable=hidden) as bar:
 

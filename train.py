@@ -22,27 +22,44 @@ from idlora_jax import commandline
 from idlora_jax.experiment import TrainConfig
 
 
+def warn(line: str) -> None:
+    """A line on stderr."""
+    print(f"warning: {line}", file=sys.stderr)
+
+
 def main() -> int:
     """Check the command line, say what a run needs, or train."""
     config = commandline.parse(sys.argv[1:], TrainConfig)
     # Imports jax: later than the command line, so that its mistakes answer at once.
-    from idlora_jax import distributed, dry_run
+    from idlora_jax import compile_cache, distributed, dry_run
 
     if config.dry_run:
         for text in dry_run.reports(config):
             print(text, flush=True)
         return 0
+    compile_cache.start(compile_cache.folder_of(config), warn)
     distributed.start(config.distributed)
     return distributed.run(lambda: train(config)) or 0
 
 
 def train(config: TrainConfig) -> int:
     """Check the inputs, train; the status is 0, or 128 and what stopped it."""
-    from idlora_jax import distributed, fitting, training_checks
+    from idlora_jax import (
+        distributed,
+        fitting,
+        precompile,
+        programs,
+        training_checks,
+    )
 
     plan = fitting.plan(config)
     if distributed.is_first():
         training_checks.announce(plan, functools.partial(print, file=sys.stderr))
+    if config.precompile:
+        rows = precompile.training(plan)
+        if distributed.is_first():
+            print(programs.table(rows))
+        return 0
     result = fitting.fit(plan)
     if distributed.is_first():
         report(result)

@@ -30,7 +30,7 @@ def get_config() -> TrainConfig:
         batch_size=1,
         seed=42,
         save_every=200,
-        fp8="keep",
+        weights="keep",
         heldout=HeldOut(clips=1),
         assume=Assume(memory_gb=32.6),
     )

@@ -44,9 +44,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"only these of {', '.join(io.NETWORKS)}",
     )
     parser.add_argument(
-        "--fp8",
-        choices=("keep", "upcast"),
-        help="kernels stored in 8 bits: as they are (default), or times their scales",
+        "--weights",
+        choices=("keep", "upcast", "int8"),
+        help="kernels stored in 8 bits: as they are (default), or times their scales; "
+        "or all kernels of the transformer's blocks in int8",
     )
     parser.add_argument(
         "--format",
@@ -70,8 +71,8 @@ def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if (args.format and not args.export) or (args.distilled and not foreign):
         parser.error("--format goes with --export, --distilled with --format diffusers")
     changes = args.dtype or args.networks
-    if (args.fp8 and args.export) or (looks and (changes or args.fp8)):
-        parser.error("--dtype, --fp8 and --networks are for writing")
+    if (args.weights and args.export) or (looks and (changes or args.weights)):
+        parser.error("--dtype, --weights and --networks are for writing")
     if changes and args.export and not foreign:
         parser.error("a single file is exported as it was: no --dtype, no --networks")
 
@@ -98,7 +99,7 @@ def work(args: argparse.Namespace) -> int:
     elif args.export:
         convert.export_base(*paths)
     else:
-        convert.convert_base(*paths, dtype, fp8=args.fp8 or "keep", **options)
+        convert.convert_base(*paths, dtype, weights=args.weights or "keep", **options)
     return 0
 
 

@@ -132,6 +132,13 @@ def require_used(paths: Iterable[str], patterns: Iterable[str]) -> None:
         )
 
 
+@jax.jit
+def _times(b: Array, factor: Array) -> Array:
+    # In float32 and rounded once: a bfloat16 factor would be rounded itself. Compiled,
+    # so that no float32 copy of a stack is made.
+    return (b.astype(jnp.float32) * factor).astype(b.dtype)
+
+
 Factor = float | Array | Callable[[str, int], float]
 
 
@@ -144,11 +151,10 @@ def scale(adapter: Adapter, factor: Factor) -> Adapter:
     """
 
     def one(path: str, pair: Tree) -> dict[str, Any]:
-        b, rank = jnp.asarray(pair["b"]), pair["a"].shape[-1]
-        own = factor(_module(path), rank) if callable(factor) else factor
-        # In float32 and rounded once: a bfloat16 factor would be rounded itself.
-        product = b.astype(jnp.float32) * jnp.float32(own)
-        return {"a": pair["a"], "b": product.astype(b.dtype)}
+        own = factor
+        if callable(factor):
+            own = factor(_module(path), pair["a"].shape[-1])
+        return {"a": pair["a"], "b": _times(pair["b"], jnp.float32(own))}
 
     return _nest((path, one(path, pair)) for path, pair in _leaves(adapter))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, UInt8
 
-from idlora_jax import geometry, images, mel
+from idlora_jax import geometry, images, mel, programs
 from idlora_jax.config_codecs import AudioVAEConfig
 from idlora_jax.config_video_vae import VideoVAEConfig
 from idlora_jax.model import audio_vae, video_tiles, video_vae, vocoder
@@ -34,11 +34,21 @@ WHOLE = 4096
 NOISE_SEED = 0
 """Of the noise that some video decoders use: decoding gives the same picture again."""
 
-_encode_video = jax.jit(video_vae.encode, static_argnums=0)
-_encode_audio = jax.jit(audio_vae.encode, static_argnums=0)
-_decode_video = jax.jit(video_vae.decode, static_argnums=0)
-_decode_audio = jax.jit(audio_vae.decode, static_argnums=0)
-_synthesize = jax.jit(vocoder.synthesize, static_argnums=0)
+_encode_video = programs.jit(video_vae.encode, "encode pictures", static_argnums=0)
+_encode_audio = programs.jit(audio_vae.encode, "encode sound", static_argnums=0)
+_decode_video = programs.jit(video_vae.decode, "decode video", static_argnums=0)
+_decode_audio = programs.jit(audio_vae.decode, "decode sound", static_argnums=0)
+_synthesize = programs.jit(vocoder.synthesize, "vocoder", static_argnums=0)
+
+
+def on_device(params: Any) -> Any:
+    """Parameters that are in host memory (NumPy), moved to the device; others as is.
+
+    Done once for all that is encoded or decoded at a time: given to compiled functions
+    as they are, they would be moved by each call.
+    """
+    move = lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x
+    return jax.tree.map(move, params)
 
 
 def first_frame_pixels(
@@ -70,7 +80,7 @@ def encode_first_frame(
         fit: see `images.fit_image`.
     """
     pixels = first_frame_pixels(image, grid, fit)
-    return _encode_video(cfg, params, jnp.asarray(pixels))
+    return _encode_video(cfg, on_device(params), jnp.asarray(pixels))
 
 
 def reference_mel(
@@ -96,29 +106,43 @@ def encode_reference(
 
     Source: scripts/inference_one_stage.py: _encode_audio.
     """
-    return _encode_audio(cfg, params, jnp.asarray(reference_mel(cfg, wave)))
+    seen = jnp.asarray(reference_mel(cfg, wave))
+    return _encode_audio(cfg, on_device(params), seen)
+
+
+def usual_tiles(cells: tuple[int, ...]) -> Tiles | None:
+    """How a latent of [f h w] is cut where nothing else is said; None: not at all."""
+    return None if math.prod(cells) <= WHOLE else Tiles()
 
 
 def decode_video(
-    cfg: VideoVAEConfig, params: Tree, latent: Float[Array, "B f h w C"]
+    cfg: VideoVAEConfig,
+    params: Tree,
+    latent: Float[Array, "B f h w C"],
+    tiles: Tiles | Literal["usual"] | None = "usual",
 ) -> UInt8[Array, "B F H W 3"] | UInt8[np.ndarray, "B F H W 3"]:
     """Pixels of video latents; large clips tile by tile (see `video_tiles`).
 
-    A clip of up to `WHOLE` latent pixels is decoded at once. Of a larger one, finished
-    frames are moved to the host, so that the device holds one slab of frames.
+    Of a clip that is cut, finished frames are moved to the host, so that the device
+    holds one slab of frames.
 
     Args:
         cfg: static.
         params: of the video VAE.
         latent: normalised, float32.
+        tiles: how it is cut; None: decoded at once. "usual": at once up to `WHOLE`
+            latent pixels.
 
     Source: ltx_core/model/video_vae/video_vae.py: decode_video.
     """
+    params = on_device(params)
     draws = video_vae.draw(jax.random.key(NOISE_SEED), cfg, latent.shape)
-    if math.prod(latent.shape[1:4]) <= WHOLE:
+    if tiles == "usual":
+        tiles = usual_tiles(latent.shape[1:4])
+    if tiles is None:
         return video_vae.to_uint8(_decode_video(cfg, params, latent, draws=draws))
     options: dict[str, Any] = {"draws": draws, "finish": video_vae.to_uint8}
-    chunks = video_tiles.decode_chunks(cfg, params, latent, Tiles(), **options)
+    chunks = video_tiles.decode_chunks(cfg, params, latent, tiles, **options)
     if isinstance(latent, Tracer):  # no frames yet that could be moved
         return jnp.concatenate([*chunks], 1)
     return np.concatenate([np.asarray(chunk) for chunk in chunks], 1)
@@ -131,7 +155,12 @@ def samples_per_latent(nets: Networks) -> int:
 
 
 def decode(
-    nets: Networks, params: Mapping[str, Tree], latents: AV, *, before: int = 0
+    nets: Networks,
+    params: Mapping[str, Tree],
+    latents: AV,
+    *,
+    before: int = 0,
+    tiles: Tiles | Literal["usual"] | None = "usual",
 ) -> tuple[Any, Float32[Array, "B 2 N"] | None]:
     """Pixels and sound of latents.
 
@@ -140,6 +169,7 @@ def decode(
         params: by network: "video_vae", "audio_vae", "vocoder".
         latents: `AV` of [B F H W C] and [B T M C], normalised; either may be None.
         before: audio latents before time 0, whose sound is cut off.
+        tiles: see `decode_video`.
 
     Returns:
         uint8 [B F H W 3] (see `decode_video`) and float32 [B 2 N].
@@ -149,9 +179,11 @@ def decode(
     latents = each(lambda x: x.astype(jnp.float32), latents)
     video = wave = None
     if latents.video is not None:
-        video = decode_video(nets.video_vae, params["video_vae"], latents.video)
+        args = (nets.video_vae, params["video_vae"], latents.video)
+        video = decode_video(*args, tiles)
     if latents.audio is not None:
-        log_mel = _decode_audio(nets.audio_vae, params["audio_vae"], latents.audio)
-        wave = _synthesize(nets.vocoder, params["vocoder"], log_mel)
+        decoder, synthesizer = on_device((params["audio_vae"], params["vocoder"]))
+        log_mel = _decode_audio(nets.audio_vae, decoder, latents.audio)
+        wave = _synthesize(nets.vocoder, synthesizer, log_mel)
         wave = wave[..., before * samples_per_latent(nets) :]
     return video, wave

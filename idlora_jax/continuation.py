@@ -29,12 +29,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from idlora_jax import codecs, geometry, images, joining, media, mel
+from idlora_jax import codecs, geometry, images, joining, media, mel, programs
 from idlora_jax.config_codecs import AudioVAEConfig
 from idlora_jax.config_video_vae import VideoVAEConfig
 from idlora_jax.files import PathLike, problem
@@ -47,7 +46,7 @@ from idlora_jax.weights.networks import Networks
 SPARE = 8
 """Frames by which a file may be shorter than it states."""
 
-_encode_video = jax.jit(video_vae.encode, static_argnums=0)
+_encode_video = programs.jit(video_vae.encode, "encode ending", static_argnums=0)
 
 
 class Ending(NamedTuple):
@@ -181,7 +180,7 @@ def _pictures(
     pixels = jnp.asarray(np.concatenate(fitted, axis=1))
     if geometry.tokens(dataclasses.replace(grid, frames=len(frames))) <= codecs.WHOLE:
         return _encode_video(cfg, params, pixels)
-    return video_tiles.encode(cfg, params, pixels, Tiles())
+    return video_tiles.encode(cfg, codecs.on_device(params), pixels, Tiles())
 
 
 def _sound(

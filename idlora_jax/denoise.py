@@ -11,8 +11,7 @@ after: whatever the model returns for them is discarded, not multiplied by zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -21,11 +20,11 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
-from idlora_jax import guidance, keys
+from idlora_jax import guidance, keys, programs
 from idlora_jax.guidance import Term
 from idlora_jax.keys import Keys
 from idlora_jax.solvers import Solver, Table
-from idlora_jax.types import AV, Branch, Stream, each
+from idlora_jax.types import AV, BOTH, Branch, Stream, each
 
 Mode = Literal["sweep", "pair", "batch"]
 Draws = Keys | AV | None
@@ -86,10 +85,10 @@ def predict(
         variables, prepared, streams, level, branches, targets=targets, mode=mode
     )
 
-    def one(s: Stream, v: Array, level: Array) -> Array:
+    def one(v: Array, s: Stream, level: Array) -> Array:
         return to_x0(s.x, v, s.denoise, level)
 
-    return tuple(each(one, streams, v, level) for v in velocities)
+    return tuple(each(one, v, streams, level) for v in velocities)
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,9 @@ class _Guided:
             guided = guidance.combine(
                 x0, weights, rescale=rescale, over=self.over, project=steps
             )
-        return guided, memory
+        # What the positive pass does not read are given tokens, and stays.
+        kept = each(lambda s, g: s.x if g is None else g, streams, guided)
+        return kept, memory
 
 
 def make_denoiser(
@@ -176,10 +177,15 @@ def make_denoiser(
 
 
 def predictions(denoise: Denoise, streams: AV, sigma: Any) -> tuple[AV, ...]:
-    """`predict` of a denoiser from `make_denoiser`: positive, then one per term."""
+    """`predict` of a denoiser from `make_denoiser`: positive, then one per term.
+
+    Of both modalities, also what its guidance does not read.
+    """
     assert isinstance(denoise, Partial) and isinstance(denoise.func, _Guided)
     variables, prepared, _ = denoise.args
-    return denoise.func.predict(variables, prepared, streams, sigma)
+    passes = tuple(replace(b, reads=BOTH) for b in denoise.func.branches)
+    whole = replace(denoise.func, branches=passes)
+    return whole.predict(variables, prepared, streams, sigma)
 
 
 class Record(NamedTuple):
@@ -235,8 +241,7 @@ def _advance(
     return _State(each(pin, x, streams), carry, memory), seen
 
 
-@partial(jax.jit, static_argnames=("step", "record", "remat"))
-def _scan(
+def _all_steps(
     denoise: Denoise,
     step: Callable[..., Any],
     streams: AV,
@@ -254,7 +259,9 @@ def _scan(
     return jax.lax.scan(body, state, rows)
 
 
-_one = jax.jit(_advance, static_argnames=("step",))
+_static = ("step", "record", "remat")
+_scan = programs.jit(_all_steps, "sampler", static_argnames=_static)
+_one = programs.jit(_advance, "sampler step", static_argnames=("step",))
 
 
 def _weights(weights: Any, table: Table) -> Any:

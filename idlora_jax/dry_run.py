@@ -104,7 +104,11 @@ def _stand_in(config: TrainConfig) -> tuple[Nets, str]:
             "generation it would be; give --generation 2.0 or 2.3, or make it"
         )
     nets, _ = training_outlines.built_in(config.generation)
-    kept = ", its blocks in 8 bits as published" if config.fp8 == "keep" else ""
+    kept = {
+        "upcast": "",
+        "keep": ", its blocks in 8 bits as published",
+        "int8": ", its blocks in int8",
+    }[config.weights]
     return nets, (
         f"base: there is no {config.base}; the published architecture of generation "
         f"{config.generation} stands in for it{kept}"
@@ -138,6 +142,8 @@ def look(config: TrainConfig) -> Seen:
         nets, note = _stand_in(config)
         notes.append(note)
     config = experiment.of_generation(config, nets.generation)
+    if base:
+        fitting.check_base(config)
     parallel.check(config.mesh, nets.transformer)
     clips = None
     if data:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from idlora_jax import adapters, training
+from idlora_jax import adapters, programs, training
 from idlora_jax.strategies import Batch, Draws, TrainInputs
 from idlora_jax.training import Metrics, Task
 from idlora_jax.types import AV, Adapter, Tree, each
@@ -143,4 +143,7 @@ def make_evaluate(task: Task, place: NamedSharding | None = None) -> Evaluation:
         }
         return jax.tree.map(jnp.mean, each_level) | levels | effect
 
-    return Evaluation(jax.jit(velocities), jax.jit(measure, out_shardings=place))
+    return Evaluation(
+        programs.jit(velocities, "held-out predictions"),
+        programs.jit(measure, "held-out losses", out_shardings=place),
+    )

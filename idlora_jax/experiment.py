@@ -22,6 +22,7 @@ from idlora_jax.assumed import Assume
 from idlora_jax.config import AUDIO_TARGETS, Generation
 from idlora_jax.monitoring import Samples, Wandb
 from idlora_jax.optimizer_config import Ema, Optimizer
+from idlora_jax.savings import Saving
 from idlora_jax.settings import Distributed, Numerics, require
 
 StrategyName = Literal[
@@ -195,10 +196,15 @@ class TrainConfig:
         numerics: how positions are made; see `geometry.positions`.
         remat: what the backward pass keeps: everything but weights, some
             activations, or layer inputs only.
+        without: savings that are switched off, to find a fault; see `savings`.
         dtype: of the base and of the computation. Adapter, loss and optimizer are
             float32.
-        fp8: what becomes of kernels that the base holds in 8 bits: times their scales
-            in `dtype`, or kept and widened a layer at a time (half the memory).
+        weights: what the transformer's kernels are: those that the base holds in fp8
+            times their scales in `dtype` ("upcast"), or kept and widened a layer at a
+            time ("keep": half the memory); or all of the blocks in int8, made while
+            they are read ("int8": half the memory of any base).
+        weights_in: where the kernels of the blocks are; "host": in host memory, from
+            where layers come to the device while the one before computes.
         heldout: the fixed evaluation.
         samples: clips that are sampled while training goes on.
         wandb: whether numbers and clips go to Weights & Biases, too.
@@ -206,6 +212,10 @@ class TrainConfig:
         distributed: how processes on several hosts find each other.
         memory: what happens if the memory plan exceeds the device: an error, a warning,
             or no plan at all.
+        program_cache: folder of compiled programs; None: in the user's cache folder.
+        use_program_cache: whether compiled programs are kept and used again.
+        precompile: compile all that the run needs, say what of time and memory that
+            takes, and read no weights.
         dry_run: print what the run is and needs, and do nothing.
         assume: what that takes for what is not there.
         resume: continue from the newest state in `output`.
@@ -236,14 +246,19 @@ class TrainConfig:
     validate_every: int = 0
     numerics: Numerics = "exact"
     remat: Literal["none", "selective", "full"] = "full"
+    without: tuple[Saving, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    fp8: Literal["upcast", "keep"] = "upcast"
+    weights: Literal["upcast", "keep", "int8"] = "upcast"
+    weights_in: Literal["device", "host"] = "device"
     heldout: HeldOut = field(default_factory=HeldOut)
     samples: Samples = field(default_factory=Samples)
     wandb: Wandb = field(default_factory=Wandb)
     mesh: str = ""
     distributed: Distributed = field(default_factory=Distributed)
     memory: Literal["check", "warn", "off"] = "check"
+    program_cache: Path | None = None
+    use_program_cache: bool = True
+    precompile: bool = False
     dry_run: bool = False
     assume: Assume = field(default_factory=Assume)
     resume: bool = False
@@ -279,9 +294,14 @@ class TrainConfig:
         if self.samples.ema:
             want = "off without a moving average (--ema.decay)"
             require(self.ema.decay is not None, "samples.ema", True, want)
+        if self.weights_in == "host":
+            want = "full with weights_in 'host': layers are fetched and computed again"
+            require(self.remat == "full", "remat", self.remat, want)
         if self.mode == "full":
             want = "upcast: parameters kept in 8 bits cannot be trained"
-            require(self.fp8 == "upcast", "fp8", self.fp8, want)
+            require(self.weights == "upcast", "weights", self.weights, want)
+            want = "device: parameters in host memory cannot be trained"
+            require(self.weights_in == "device", "weights_in", self.weights_in, want)
             want = "1: in mode full there is no adapter"
             require(
                 optimizer.b_ratio == 1, "optimizer.b_ratio", optimizer.b_ratio, want

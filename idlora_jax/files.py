@@ -36,6 +36,17 @@ def existing(name: str, path: PathLike, expected: str) -> str:
     raise problem(name, path, got, expected, "check the path")
 
 
+def user_cache() -> Path | None:
+    """Our folder in the user's cache folder; None for a user without a home."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # As the XDG specification wants it, a relative path counts as none.
+        folder = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return folder / "idlora_jax"
+
+
 @contextlib.contextmanager
 def opened(
     name: str, path: PathLike, expected: str

@@ -26,8 +26,9 @@ PATHS = frozenset(
 )
 """Settings for which hashes stand, or that only say where things are."""
 WAYS = frozenset(
-    "branches batch mesh memory text_cache use_text_cache preview save_trajectory "
-    "overwrite progress verify".split()
+    "branches batch text_kv without mesh memory tile_size tile_frames text_cache "
+    "use_text_cache program_cache use_program_cache precompile preview "
+    "save_trajectory overwrite progress verify".split()
 )
 """Settings that change how a sample is made, and not the sample."""
 

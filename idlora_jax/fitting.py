@@ -30,6 +30,7 @@ from idlora_jax import (
     heldout,
     loop,
     optimizers,
+    outlines,
     parallel,
     prompts,
     run_files,
@@ -127,6 +128,19 @@ def check_targets(config: TrainConfig, shapes: Tree) -> None:
         adapters.require_used(modules, rows)
 
 
+def check_base(config: TrainConfig) -> None:
+    """Refuse to train a base itself that holds its kernels in int8.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if config.mode == "full" and outlines.stored_as(config.base) == "int8":
+        raise ValueError(
+            f"mode: got 'full' with {config.base}, whose kernels are in int8, expected "
+            "a base that is not; use the one that it was converted from, or mode 'lora'"
+        )
+
+
 def plan(config: TrainConfig) -> Fit:
     """Check everything that can be checked without reading weights.
 
@@ -142,6 +156,7 @@ def plan(config: TrainConfig) -> Fit:
     nets, _ = networks.load(config.base, ())
     shares.mesh_of(config.mesh, nets.transformer)
     config = experiment.of_generation(config, nets.generation)
+    check_base(config)
     check_targets(config, io.shapes(io.open_base(config.base), "transformer"))
     facts = {"base": nets.base_hash, "clips": run_files.fingerprint(index)}
     full = functools.partial(run_files.export_base, like=config.base)
@@ -162,8 +177,10 @@ def task_for(
         mesh: devices that a step is divided over.
     """
     scanned = ("params" if config.mode == "full" else "lora",)
+    options: dict[str, Any] = {"remat": config.remat, "without": config.without}
+    options |= {"scanned": scanned, "mesh": mesh, "numerics": config.numerics}
     return Task(
-        apply=transformer.bind(cfg, remat=config.remat, scanned=scanned, mesh=mesh),
+        apply=transformer.bind(cfg, **options),
         prepare=functools.partial(transformer.prepare, cfg, numerics=config.numerics),
         spec=config.strategy,
         fps=fps,
@@ -288,22 +305,36 @@ def reading_of(
         yield whole, data, reader
 
 
+def _load(config: TrainConfig, mesh: Mesh | None) -> Iterator[Tree]:
+    """The connectors' parameters, then the transformer's."""
+    options: dict[str, Any] = {
+        "dtype": jnp.dtype(config.dtype),
+        "weights": config.weights,
+        "weights_in": config.weights_in,
+    }
+    # Each process connects the prompts of its own clips, on its own device.
+    yield networks.load(config.base, ("text_connector",), **options)[1]
+    found = networks.load(config.base, ("transformer",), mesh=mesh, **options)[1]
+    yield found.pop("transformer")
+
+
+def connector(plan: Fit, params: Tree) -> latents.Connect:
+    """From stored features to prompts, given {"text_connector": its parameters}."""
+    nets, numerics = plan.nets, plan.run.config.numerics
+
+    def connect(features: Any, mask: Any) -> Any:
+        return prompts.prompts(nets, params, features, mask, numerics=numerics)
+
+    return connect
+
+
 def _read(
     plan: Fit, mesh: Mesh | None
 ) -> tuple[Tree, Tree, Callable[[Tree], Tree], latents.Connect]:
     """What is trained, what is frozen, see `served`, and the connectors."""
-    config, nets = plan.run.config, plan.nets
-    options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "fp8": config.fp8}
-    # Each process connects the prompts of its own clips, on its own device.
-    _, params = networks.load(config.base, ("text_connector",), **options)
-    _, found = networks.load(config.base, ("transformer",), mesh=mesh, **options)
-    read = found.pop("transformer")
-    made, base = trained(config, read, mesh)
-
-    def connect(features: Any, mask: Any) -> Any:
-        return prompts.prompts(nets, params, features, mask, numerics=config.numerics)
-
-    return made, base, served(plan, read, base), connect
+    params, read = _load(plan.run.config, mesh)
+    made, base = trained(plan.run.config, read, mesh)
+    return made, base, served(plan, read, base), connector(plan, params)
 
 
 def _sample(

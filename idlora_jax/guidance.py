@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from idlora_jax.types import AV, Branch, Skip, each
+from idlora_jax.types import AV, BOTH, Branch, Skip, each
 
 Project = Callable[[Array, Array], Array]
 """(positive prediction, direction) -> direction, [B ...] each."""
@@ -48,6 +48,8 @@ class Term:
         project: reshapes the direction (`star`, `Apg`); None leaves it. An `AV` of them
             does so for each modality by itself.
         momentum: factor of the running sum of directions; None: no memory.
+        reads: modalities whose predictions it moves; its weight on the other is 0, and
+            its pass leaves out what only that one would need.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Term:
     neutral: float | int = 0.0
     project: Project | AV | None = None
     momentum: float | int | None = None
+    reads: frozenset[str] = BOTH
 
 
 def text_cfg(project: Project | AV | None = None) -> Term:
@@ -65,12 +68,15 @@ def text_cfg(project: Project | AV | None = None) -> Term:
     return Term("text", prompt=1, neutral=1.0, project=project)
 
 
-def identity() -> Term:
+def identity(*, video: bool = False) -> Term:
     """Away from the prediction without the reference voice (ID-LoRA).
 
-    Give it weight on audio only. Source: scripts/inference_one_stage.py.
+    Args:
+        video: whether it moves the video, too, and not the audio alone.
+
+    Source: scripts/inference_one_stage.py.
     """
-    return Term("identity", drop_ref=True)
+    return Term("identity", drop_ref=True, reads=BOTH if video else BOTH - {"video"})
 
 
 def stg(layers: Sequence[int]) -> Term:
@@ -121,6 +127,7 @@ def _branch(term: Term, depth: int, positive: Branch) -> Branch:
         prompt=term.prompt,
         skip=skip if any(map(any, skip)) else (),
         use_ref=positive.use_ref and not term.drop_ref,
+        reads=positive.reads & term.reads,
     )
 
 
@@ -172,7 +179,8 @@ def weights(
         float32 numpy, or a jax array where a scale is one.
 
     Raises:
-        ValueError: unless every term has scales and every scale a term.
+        ValueError: unless every term has scales and every scale a term, or if one moves
+            a modality that its term does not read.
     """
     names = [term.name for term in terms]
     if sorted(names) != sorted(scales):
@@ -192,9 +200,28 @@ def weights(
         [[_at(s, sigma) - neutral for s in pair] for pair, neutral in pairs]
         for sigma in levels
     ]
+    for row in table:
+        _check_reads(terms, row)
     traced = any(isinstance(x, jax.Array) for x in jax.tree.leaves(table))
     made = jnp.asarray(table, jnp.float32) if traced else np.array(table, np.float32)
     return made.reshape(len(levels), len(pairs), 2)
+
+
+def _check_reads(terms: Sequence[Term], row: Sequence[Sequence[Any]]) -> None:
+    for term, weights in zip(terms, row, strict=True):
+        for name, weight in zip(AV._fields, weights, strict=True):
+            known = not isinstance(weight, jax.Array)
+            if name not in term.reads and known and weight != 0:
+                raise ValueError(
+                    f"weights: the term {term.name!r} reads {sorted(term.reads)} only, "
+                    f"but its scale for {name} is {weight + term.neutral}, expected "
+                    f"{term.neutral}; use a term that reads both (Term.reads)"
+                )
+
+
+def _read(term: Term, x: AV) -> AV:
+    """The modalities that a term moves."""
+    return AV(*(x if n in term.reads else None for n, x in x._asdict().items()))
 
 
 def _per_sample(x: Float[Array, "B ..."]) -> tuple[int, ...]:
@@ -255,7 +282,8 @@ def memory(terms: Sequence[Term], x: AV) -> tuple[Any, ...]:
     if all(term.momentum is None for term in terms):
         return ()
     return tuple(
-        None if term.momentum is None else each(jnp.zeros_like, x) for term in terms
+        None if term.momentum is None else each(jnp.zeros_like, _read(term, x))
+        for term in terms
     )
 
 
@@ -279,10 +307,14 @@ def directions(
         memory: from `memory(terms, x)`, or from the step before.
 
     Returns:
-        One direction per term, and the memory for the next step.
+        One direction per term (None for what it does not read), and the memory for the
+        next step.
     """
     positive, *others = x0
-    out = [each(jnp.subtract, positive, other) for other in others]
+    out = [
+        each(lambda other, p: p - other, _read(term, other), positive)
+        for term, other in zip(terms, others, strict=True)
+    ]
     if memory:
         for i, (term, last) in enumerate(zip(terms, memory, strict=True)):
             if last is not None:
@@ -318,10 +350,11 @@ def combine(
     Source: guiders.py: MultiModalGuider.calculate.
     """
     if project is None:
-        project = tuple(each(jnp.subtract, x0[0], other) for other in x0[1:])
+        project = tuple(each(lambda o, p: p - o, other, x0[0]) for other in x0[1:])
 
-    def add(positive: Array, w: Array, *steps: Array) -> Array:
-        return positive + sum(w[g] * step for g, step in enumerate(steps))
+    def add(positive: Array, w: Array, *steps: Array | None) -> Array:
+        moves = (w[g] * step for g, step in enumerate(steps) if step is not None)
+        return positive + sum(moves)
 
     guided = each(add, x0[0], AV(weights[:, 0], weights[:, 1]), *project)
     if rescale is None:

@@ -129,6 +129,16 @@ def plan_of(config: SampleConfig) -> Plan:
     return PLANS[config.plan](adapters=used, **options)
 
 
+def codecs_wait(config: SampleConfig, platform: str) -> bool:
+    """Whether all networks but the transformer wait in host memory until they are used.
+
+    So they do for plans with a distilled LoRA beside the transformer: its 7.6 GB and
+    their 3.7 GB would not be needed at once. A host that computes has but one memory.
+    """
+    large = config.distilled_lora is not None
+    return large and not config.mesh and platform != "cpu"
+
+
 def _strengths(config: SampleConfig) -> tuple[float, ...]:
     return config.lora_strength or (1.0,) * len(config.lora)
 

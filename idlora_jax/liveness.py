@@ -13,7 +13,8 @@ with what XLA does to them in mind:
   order.
 - A loop holds what it carries and one round of its body. What is the same in all rounds
   is made before it and stays. What a round cuts out of whole stacks (the weights of a
-  layer) may all be there at once.
+  layer) may all be there at once. What is in int8 is widened in each round, one kernel
+  at a time: XLA does not move out of a loop what grows.
 
 Arguments count nothing: whoever calls the function holds them.
 """
@@ -25,16 +26,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import numpy as np
+from jax.core import ShapedArray
 from jax.extend import core
+
+from idlora_jax import hosted
 
 VIEWS = frozenset(
     "reshape squeeze expand_dims transpose bitcast_convert_type name copy "
-    "stop_gradient optimization_barrier sharding_constraint".split()
+    "stop_gradient sharding_constraint".split()
 )
 """The same numbers again, each result of its own operand."""
 STORING = frozenset(
     "dot_general conv_general_dilated gather scatter scatter-add sort random_bits "
-    "cumsum custom_call custom_partitioning while".split()
+    "cumsum custom_call custom_partitioning device_put while".split()
 )
 """Operations that read memory and write memory, whatever stands around them."""
 REDUCING = ("reduce_", "arg")
@@ -42,6 +48,7 @@ REDUCING = ("reduce_", "arg")
 JOINING = frozenset(("concatenate", "pad"))
 """These make larger arrays, in memory unless all of it is made from nothing."""
 END = 1 << 62
+_PLACED = (jax.Array, jax.ShapeDtypeStruct, ShapedArray)
 
 
 @dataclass
@@ -53,12 +60,14 @@ class _Value:
         sources: the buffers that must live as long as it is used.
         stored: whether it lies in memory as it is.
         fixed: whether it is the same in every round of the loop around it.
+        again: whether it is made in every round even so.
     """
 
     size: int
     sources: frozenset[int] = frozenset()
     stored: bool = True
     fixed: bool = False
+    again: bool = False
 
 
 @dataclass
@@ -79,9 +88,15 @@ class _Moment:
 
 
 def nbytes(aval: Any) -> int:
-    """Bytes of an array of this shape and dtype."""
+    """Bytes of an array of this shape and dtype on the device; 0 on the host."""
+    if isinstance(aval, _PLACED) and hosted.is_host(aval):
+        return 0
     shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
     return 0 if shape is None or dtype is None else math.prod(shape) * dtype.itemsize
+
+
+def _is_int8(atom: Any) -> bool:
+    return getattr(atom.aval, "dtype", None) == np.int8
 
 
 def _called(eqn: Any) -> Any:
@@ -144,6 +159,9 @@ class _Walk:
 
     def _step(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         name, sizes = eqn.primitive.name, [nbytes(v.aval) for v in eqn.outvars]
+        if name == "optimization_barrier":  # nothing passes it alone
+            fixed = all(v.fixed for v in values)
+            return [_Value(v.size, v.sources, v.stored, fixed) for v in values]
         if name in VIEWS:
             pairs = zip(values, sizes, strict=False)
             return [_Value(n, v.sources, v.stored, v.fixed) for v, n in pairs]
@@ -160,7 +178,11 @@ class _Walk:
         taken_in = not storing and not name.startswith(REDUCING)
         taken_in = taken_in and not (name in JOINING and sources)
         if taken_in and self.total(sources) < sum(sizes):
-            return [_Value(n, sources, stored=False, fixed=fixed) for n in sizes]
+            again = name == "convert_element_type" and _is_int8(eqn.invars[0])
+            if again:
+                self._store(values)
+            fixed = fixed and not again
+            return [_Value(n, sources, False, fixed, again) for n in sizes]
         extra = self._store(values, fixed) if storing else 0
         if name == "dot_general" and eqn.params["dimension_numbers"][1][0]:
             extra += max(v.size for v in values)
@@ -184,7 +206,7 @@ class _Walk:
         for v in values:
             if v.stored:
                 continue
-            lasting = self.looped and not v.sources
+            lasting = self.looped and not v.sources and not v.again
             if lasting or (v.fixed and not fixed):
                 self.kept += v.size
                 v.stored = True

@@ -17,10 +17,13 @@ On CPU, XLA also keeps float32 copies of bfloat16 stacks while it scans them (me
 78 GB beside a transformer of 38 GB). They are counted, too.
 
 With a mesh, the numbers are of one device: its part of the weights, its samples.
+Weights in host memory are counted apart: of them a device holds the layer it works on
+and the next one.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +33,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from idlora_jax import geometry, jobs, liveness, outlines, parallel, pipeline
+from idlora_jax import (
+    geometry,
+    hosted,
+    jobs,
+    lighter,
+    liveness,
+    outlines,
+    parallel,
+    pipeline,
+    tile_choice,
+)
 from idlora_jax.jobs import Inputs, Job
 from idlora_jax.outlines import Asked
 from idlora_jax.phases import GB, MemoryPlan, Phase
@@ -46,27 +59,36 @@ SMALLER = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
 """Shares of the sides, or of the frames, that are tried where a clip does not fit."""
 
 
-def size(tree: Any, network: str = "", mesh: Mapping[str, int] | None = None) -> int:
+def size(
+    tree: Any,
+    network: str = "",
+    mesh: Mapping[str, int] | None = None,
+    *,
+    where: hosted.Where = "device",
+) -> int:
     """Bytes of arrays or shapes; with a mesh, of one device's part of a network.
 
     Args:
         tree: any.
         network: the name that `parallel.RULES` know its paths by.
         mesh: sizes of its axes.
+        where: which of them are counted, those on the device or those on the host.
     """
+    counts = lambda leaf: hosted.is_host(leaf) == (where == "host")
+    bytes_of = lambda leaf: math.prod(leaf.shape) * leaf.dtype.itemsize
     if not mesh:
-        return sum(liveness.nbytes(leaf) for leaf in jax.tree.leaves(tree))
+        return sum(bytes_of(leaf) for leaf in filter(counts, jax.tree.leaves(tree)))
     sizes = tuple(mesh.get(axis, 1) for axis in parallel.AXES)
     devices: Any = jax.sharding.AbstractMesh(sizes, parallel.AXES)
 
     def part(keys: Any, leaf: Any) -> int:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        where = parallel.sharding(devices, f"{network}/{path}", leaf.shape)
-        shape = where.shard_shape(tuple(leaf.shape))
-        return liveness.nbytes(jax.ShapeDtypeStruct(shape, leaf.dtype))
+        place = parallel.sharding(devices, f"{network}/{path}", leaf.shape)
+        shape = place.shard_shape(tuple(leaf.shape))
+        return bytes_of(jax.ShapeDtypeStruct(shape, leaf.dtype))
 
     found = jax.tree_util.tree_leaves_with_path(tree)
-    return sum(part(keys, leaf) for keys, leaf in found)
+    return sum(part(keys, leaf) for keys, leaf in found if counts(leaf))
 
 
 @dataclass(frozen=True)
@@ -91,22 +113,44 @@ class Device:
         most = max(map(liveness.temporary, traced), default=0)
         return round(most * (1 if packed and self.platform != "cpu" else MORE))
 
+    def held(self, tree: Tree, network: str) -> int:
+        """Bytes of a network on it; on CPU, host memory is its own."""
+        return size(tree, network, self.mesh) + (
+            self.hosted(tree, network) if self.platform == "cpu" else 0
+        )
+
+    def hosted(self, tree: Tree, network: str) -> int:
+        """Bytes of a network that it has in host memory."""
+        return size(tree, network, self.mesh, where="host")
+
     def widened(self, tree: Tree, stack: str) -> int:
         """Bytes of the copies that a scan over a stack makes on CPU."""
         if self.platform != "cpu":
             return 0
         narrow = [x for x in jax.tree.leaves(tree[stack]) if x.dtype == jnp.bfloat16]
-        return 2 * size(narrow)
+        return 2 * (size(narrow) + size(narrow, where="host"))
 
 
 def _entries(*pairs: tuple[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple((name, n) for name, n in pairs if n)
 
 
+WAITING = frozenset({"video vae", "audio vae", "vocoder", "upsampler"})
+"""Networks that may be in host memory until they are used (`jobs.codecs_wait`)."""
+
+
+def _used(
+    weights: Iterable[tuple[str, int]], wait: bool, *names: str
+) -> list[tuple[str, int]]:
+    """Those of the weights that are on the device while some networks are used."""
+    gone = WAITING - {*names} if wait else frozenset()
+    return [(name, n) for name, n in weights if name not in gone]
+
+
 def _text_phase(
     nets: Networks, params: Mapping[str, Tree], asked: Asked, device: Device
 ) -> Phase:
-    sizes = [(n.replace("_", " "), size(params[n], n, device.mesh)) for n in TEXT_SIDE]
+    sizes = [(n.replace("_", " "), device.held(params[n], n)) for n in TEXT_SIDE]
     copies = device.widened(params["text_encoder"], "layers")
     work = device.work([outlines.text(nets, params, asked)])
     return Phase("text", _entries(*sizes, ("float32 copies", copies)), work)
@@ -122,6 +166,9 @@ def of(
     asked: Asked | None = None,
     device: Device | None = None,
     title: str = "",
+    wait: bool = False,
+    tiles: tile_choice.Cut = "usual",
+    most: int | None = None,
 ) -> MemoryPlan:
     """The memory plan of a run; nothing is allocated.
 
@@ -135,6 +182,9 @@ def of(
         asked: batch, dtype, prompts' length, voices.
         device: what runs it.
         title: of the table.
+        wait: whether all but the transformer are on the host until they are used.
+        tiles: that the video is decoded in.
+        most: bytes of the device, for which "usual" tiles are chosen; None: by size.
 
     Raises:
         ValueError: for whatever `pipeline.run` refuses.
@@ -146,24 +196,41 @@ def of(
     if "text_encoder" in params:
         phases.append(_text_phase(nets, params, asked, device))
     held = {n: tree for n, tree in params.items() if n not in TEXT_SIDE}
-    weights = [(n.replace("_", " "), size(t, n, device.mesh)) for n, t in held.items()]
+    weights = [(n.replace("_", " "), device.held(t, n)) for n, t in held.items()]
     wanted = outlines.request(nets, layouts, asked)
     inputs = outlines.inputs(nets, params, layouts[-1], asked)
-    phases.append(Phase("inputs", _entries(*weights), device.work(inputs)))
+    encoders = _used(weights, wait, "video vae", "audio vae")
+    phases.append(Phase("inputs", _entries(*encoders), device.work(inputs)))
     weights.append(("prompts, references", size(wanted)))
-    copies = device.widened(params["transformer"], "blocks")
+    base = params["transformer"]
+    beside = _used(weights, wait)
+    copies = device.widened(base, "blocks")
     for number, stage in enumerate(plan.stages):
         own = outlines.variables(stage, params, adapters or {})
         traced = outlines.stage(plan, number, nets, params, own, layout, asked)
         change = size(own.get("lora", {}), "transformer", device.mesh)
         extra = ("adapters", change), ("float32 copies", copies)
-        phases.append(
-            Phase(stage.name, _entries(*weights, *extra), device.work(traced))
-        )
-    decoding = outlines.decoding(nets, params, layouts[-1], asked)
-    work = device.work(decoding, packed=False)
-    phases.append(Phase("decode", _entries(*weights), work))
-    return MemoryPlan(title, tuple(phases))
+        if wait and stage.refines:
+            *enlarging, last = traced
+            resident = _entries(*_used(weights, wait, "upsampler"))
+            phases.append(Phase("enlarge", resident, device.work(enlarging)))
+            traced = [last]
+        phases.append(Phase(stage.name, _entries(*beside, *extra), device.work(traced)))
+    decoders = _entries(*_used(weights, wait, "video vae", "audio vae", "vocoder"))
+
+    def decoding(tiles: tile_choice.Cut) -> int:
+        traced = outlines.decoding(nets, params, layouts[-1], asked, tiles)
+        return device.work(traced, packed=False)
+
+    if tiles == "usual" and most is not None:
+        room = round((1 - tile_choice.SPARE) * most) - sum(n for _, n in decoders)
+        tiles, work = tile_choice.largest(decoding, room)
+    else:
+        work = decoding(tiles)
+    phases.append(Phase("decode", decoders, work))
+    on_host = 0 if device.platform == "cpu" else device.hosted(base, "transformer")
+    title = f"{title}{tile_choice.told(tiles)}"
+    return MemoryPlan(title, tuple(phases), on_host, tiles)
 
 
 def this_device(config: SampleConfig) -> Device:
@@ -178,6 +245,7 @@ def for_job(
     text_length: int = 1024,
     device: Device | None = None,
     encodes: bool = True,
+    most: int | None = None,
 ) -> MemoryPlan:
     """The memory plan of a job; only headers of files are read.
 
@@ -187,6 +255,8 @@ def for_job(
         text_length: tokens of a prompt, the tokenizer's `length`.
         device: what runs it (default: the first device, and the configured mesh).
         encodes: whether its prompts have to be encoded, too.
+        most: bytes of the device, which decide how the video is cut for decoding; None:
+            its size does.
 
     Raises:
         ValueError: if files are unreadable or incomplete.
@@ -199,7 +269,8 @@ def for_job(
         text_encoder_path=config.text_encoder if encodes else None,
         upsampler_path=config.upsampler if refining else None,
         dtype=config.dtype,
-        choice=config.fp8,
+        choice=config.weights,
+        where=config.weights_in,
     )
     begins = inputs.image is not None or config.continue_from is not None
     asked = Asked(
@@ -208,6 +279,7 @@ def for_job(
         text_length,
         tuple(wave.shape[-1] for wave in inputs.waves),
         begins,
+        config.text_kv,
     )
     device = device or this_device(config)
     title = (
@@ -215,8 +287,10 @@ def for_job(
         f"{config.dtype}, branches {config.branches}, batch {config.batch}"
     )
     args = (job.plan, job.nets, params, job.layout)
-    changes = inputs.adapters
-    return of(*args, adapters=changes, asked=asked, device=device, title=title)
+    options: dict[str, Any] = {"adapters": inputs.adapters, "title": title}
+    options["wait"] = jobs.codecs_wait(config, device.platform)
+    options |= {"tiles": tile_choice.explicit(config), "most": most}
+    return of(*args, asked=asked, device=device, **options)
 
 
 def limit() -> int | None:
@@ -249,8 +323,9 @@ def _resized(job: Job, **changes: Any) -> Job:
 def _lighter(job: Job, device: Device) -> Iterator[list[tuple[str, Job, Device]]]:
     """Settings that need less weights; each list from the least change on."""
     config = job.config
-    if config.fp8 == "upcast" and outlines.has_8_bits(config.base):
-        yield [("--fp8 keep", _resized(job, fp8="keep"), device)]
+    asked = config.weights, config.weights_in, config.base, device.platform
+    for group in lighter.weights(*asked):
+        yield [(lighter.named(c), _resized(job, **c), device) for c in group]
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
     if config.dtype != dtype:
         yield [(f"--dtype {dtype}", _resized(job, dtype=dtype), device)]
@@ -270,6 +345,8 @@ def _smaller(job: Job, device: Device) -> Iterator[list[tuple[str, Job, Device]]
     assert grid is not None, "a job has video"
     if config.branches != "sweep":
         yield [("--branches sweep", _resized(job, branches="sweep"), device)]
+    if config.text_kv != "shared" and not job.nets.transformer.text_adaln:
+        yield [("--text-kv shared", _resized(job, text_kv="shared"), device)]
     if config.batch > 1:
         yield [("--batch 1", _resized(job, batch=1), device)]
     unit = geometry.PIXELS_PER_LATENT
@@ -355,7 +432,7 @@ def helps(
         groups += _smaller(job, device)
     for group in groups:
         for text, other, on in group:
-            peak = for_job(other, inputs, device=on, **options).peak.total
+            peak = for_job(other, inputs, device=on, most=most, **options).peak.total
             if peak <= most:
                 yield f"{text} ({peak / GB:.2f} GB)"
                 break

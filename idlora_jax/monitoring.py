@@ -18,7 +18,8 @@ class Samples:
     """Clips that are sampled while training goes on, always the same ones.
 
     They come out as `sample.py` gives them with the adapter of that step. Base, dtype,
-    fp8 and mesh are those of training, the adapter comes after the configuration's own.
+    weights and mesh are those of training, the adapter comes after the configuration's
+    own.
 
     Attributes:
         every: steps between them, the last step included; 0: none.

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct as Shape
 
-from idlora_jax import codecs, geometry, pipeline, starts
+from idlora_jax import codecs, geometry, hosted, pipeline, starts
 from idlora_jax.files import PathLike
 from idlora_jax.model import (
     audio_vae,
@@ -32,8 +32,9 @@ from idlora_jax.model import (
 from idlora_jax.model.tiling import Tiles
 from idlora_jax.pipeline import Media, Request
 from idlora_jax.plans import Plan, Stage
+from idlora_jax.savings import TextKV
 from idlora_jax.types import AV, Layout, Prompt, Tree
-from idlora_jax.weights import fp8, io, leaves, networks, rules, upsampler_files
+from idlora_jax.weights import fp8, int8, io, networks, rules, upsampler_files
 from idlora_jax.weights.fp8 import Choice
 from idlora_jax.weights.leaves import Leaf
 from idlora_jax.weights.networks import Networks
@@ -51,6 +52,7 @@ class Asked:
         text_length: tokens of a prompt, S.
         voices: samples of each reference recording at the audio VAE's rate.
         first_frame: whether the clip begins with a picture.
+        text_kv: see `savings`.
     """
 
     batch: int = 1
@@ -58,6 +60,7 @@ class Asked:
     text_length: int = 1024
     voices: tuple[int, ...] = VOICE
     first_frame: bool = True
+    text_kv: TextKV = "cached"
 
 
 def _like(leaf: Leaf, dtype: np.dtype) -> Shape:
@@ -65,17 +68,20 @@ def _like(leaf: Leaf, dtype: np.dtype) -> Shape:
 
 
 def shapes(
-    found: Mapping[str, Leaf], dtype: Any, choice: Choice = "upcast"
+    found: Mapping[str, Leaf],
+    dtype: Any,
+    choice: Choice = "upcast",
+    where: hosted.Where = "device",
 ) -> dict[str, Any]:
-    """What `io.read_all` gives, without reading it."""
+    """What `io.read_all` gives, without reading it; what is on the host is marked."""
 
-    def one(path: str, leaf: Leaf) -> Any:
-        if leaf.narrow and choice == "keep":
-            return fp8.keep(path, leaf, dtype, lambda _, part, d: _like(part, d))
-        leaf = fp8.upcast(path, leaf, dtype)
-        return _like(leaf, leaves.kept_dtype(path, leaf.spec.dtype, dtype))
+    def put(path: str, part: Leaf, dtype: np.dtype) -> Shape:
+        like = _like(part, dtype)
+        return hosted.like(path, like) if where == "host" else like
 
-    return rules.nest({path: one(path, leaf) for path, leaf in found.items()})
+    return rules.nest(
+        {p: fp8.read(p, leaf, dtype, choice, put) for p, leaf in found.items()}
+    )
 
 
 def parameters(
@@ -85,6 +91,7 @@ def parameters(
     upsampler_path: PathLike | None = None,
     dtype: Any = "bfloat16",
     choice: Choice = "upcast",
+    where: hosted.Where = "device",
     names: Iterable[str] = tuple(io.NETWORKS),
 ) -> dict[str, Tree]:
     """Shapes and dtypes of what `networks.load` gives; only headers are read.
@@ -94,7 +101,8 @@ def parameters(
         text_encoder_path: the text encoder's folder, for "text_encoder".
         upsampler_path: the latent upsampler's file, for "upsampler".
         dtype: of the parameters.
-        choice: what becomes of kernels in 8 bits.
+        choice: whether the transformer's kernels are in 8 bits.
+        where: where they are.
         names: of the base's networks.
 
     Raises:
@@ -103,8 +111,8 @@ def parameters(
     opened, target = io.open_base(base), jnp.dtype(dtype)
     found = {name: io.locate(opened, name)[0] for name in names}
     out: dict[str, Tree] = {n: shapes(own, target) for n, own in found.items()}
-    if choice == "keep":
-        out["transformer"] = shapes(found["transformer"], target, choice)
+    if "transformer" in found:
+        out["transformer"] = shapes(found["transformer"], target, choice, where)
     if text_encoder_path is not None:
         _, own = networks.text_encoder_leaves(text_encoder_path)
         out["text_encoder"] = shapes(own, target)
@@ -114,10 +122,17 @@ def parameters(
     return out
 
 
-def has_8_bits(base: PathLike) -> bool:
-    """Whether the transformer of a base has kernels in 8 bits."""
+def stored_as(base: PathLike) -> Literal["plain", "fp8", "int8"]:
+    """How a base holds the kernels of the transformer's blocks; some of them, for fp8.
+
+    Raises:
+        ValueError: if it is unreadable or incomplete.
+    """
     found, _ = io.locate(io.open_base(base), "transformer")
-    return any(leaf.narrow for leaf in found.values())
+    narrow = [leaf for leaf in found.values() if leaf.narrow]
+    if not narrow:
+        return "plain"
+    return "int8" if all(map(int8.is_int8, narrow)) else "fp8"
 
 
 def _float32(*shape: int) -> Shape:
@@ -196,11 +211,12 @@ def outline(
         args = (plan, nets, params, adapters, wanted, key)
         return pipeline.run(*args, layout=layout, dtype=asked.dtype)
 
-    return jax.eval_shape(run, params, dict(adapters or {}), wanted, _key())
+    given = hosted.traceable(params), dict(adapters or {}), wanted, _key()
+    return jax.eval_shape(run, *given)
 
 
 def _traced(f: Callable[..., Any], *shapes: Any) -> Any:
-    return jax.make_jaxpr(f)(*shapes)
+    return jax.make_jaxpr(f)(*hosted.traceable(shapes))
 
 
 def text(nets: Networks, params: Mapping[str, Tree], asked: Asked) -> Any:
@@ -241,7 +257,8 @@ def variables(
     """Shapes of the transformer's parameters in a stage, and of its adapters."""
     used = {name: adapters[name] for name, _ in stage.adapters if name in adapters}
     run = lambda base, adapters: pipeline.with_adapters(base, adapters, stage)
-    return jax.eval_shape(run, params["transformer"], used)
+    made = jax.eval_shape(run, params["transformer"], used)
+    return {**made, "params": params["transformer"]}  # which knows what is on the host
 
 
 def stage(
@@ -277,31 +294,39 @@ def stage(
     def run(own: Any, wanted: Any, key: Any, before: Any) -> AV:
         args = (this, nets.transformer, own, wanted, key)
         options: dict[str, Any] = {"layout": layouts[number], "dtype": asked.dtype}
+        options["text_kv"] = asked.text_kv
         return pipeline.sample(*args, before=before, **options)
 
     return [*out, _traced(run, own, wanted, _key(), before)]
 
 
 def decoding(
-    nets: Networks, params: Mapping[str, Tree], largest: Layout, asked: Asked
+    nets: Networks,
+    params: Mapping[str, Tree],
+    largest: Layout,
+    asked: Asked,
+    tiles: Tiles | Literal["usual"] | None = "usual",
 ) -> list[Any]:
     """Decoding video and sound, as jaxprs; a tiled video slab by slab."""
     made = latents(nets, largest, asked.batch)
     assert largest.video is not None, "a clip has both"
+    if tiles == "usual":
+        tiles = codecs.usual_tiles(geometry.latent_shape(largest.video))
 
     def last(params: Any, video: Any) -> Any:
         """The last slab of frames: those before it are let go one by one."""
         cfg = nets.video_vae
         draws = video_vae.draw(jax.random.key(0), cfg, video.shape)
         options: dict[str, Any] = {"draws": draws, "finish": video_vae.to_uint8}
-        *_, chunk = video_tiles.decode_chunks(cfg, params, video, Tiles(), **options)
+        assert tiles is not None, "a whole clip has no slabs"
+        *_, chunk = video_tiles.decode_chunks(cfg, params, video, tiles, **options)
         return chunk
 
     def at_once(params: Any, pair: AV) -> Any:
-        return codecs.decode(nets, params, pair)
+        return codecs.decode(nets, params, pair, tiles=None)
 
     side = {n: params[n] for n in ("video_vae", "audio_vae", "vocoder")}
     parts = [_traced(at_once, side, AV(None, made.audio))]
-    if geometry.tokens(largest.video) > codecs.WHOLE:
+    if tiles is not None:
         return [*parts, _traced(last, side["video_vae"], made.video)]
     return [*parts, _traced(at_once, side, AV(made.video, None))]

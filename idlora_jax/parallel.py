@@ -160,10 +160,11 @@ def sharding(
     Args:
         mesh: from `make`, or one without devices, to ask how large a part is.
         path: the network's name, "/" and the path: a parameter, one of the two parts of
-            its adapter ("a", "b"), or of one kept in 8 bits ("values", "wide").
+            its adapter ("a", "b"), or of one kept in 8 bits ("values", "wide", and
+            "scales" per output channel).
         shape: its own; an axis that cannot be divided evenly stays whole.
     """
-    path = path.removesuffix("/values").removesuffix("/wide")
+    path = path.removesuffix("/values").removesuffix("/wide").removesuffix("/scales")
     part = path[-2:] if path.endswith(("/kernel/a", "/kernel/b")) else ""
     path = path.removesuffix(part)
     spec: Any = next((s for p, s in RULES if fnmatch.fnmatchcase(path, p)), P())

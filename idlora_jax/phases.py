@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 GB = 1e9
 
@@ -34,10 +35,14 @@ class MemoryPlan:
     Attributes:
         title: what it is the plan of.
         phases: in the order of the run.
+        host: bytes of weights in host memory, from where they come layer by layer.
+        tiles: that the video is decoded in, see `tile_choice`.
     """
 
     title: str
     phases: tuple[Phase, ...]
+    host: int = 0
+    tiles: Any = "usual"
 
     @property
     def peak(self) -> Phase:
@@ -57,6 +62,8 @@ class MemoryPlan:
         for name, sizes in rows.items():
             cells = (f"{_gb(n) if n else '-':>{cell}}" for n in sizes)
             out.append(f"{name:{wide}}" + "".join(cells))
+        if self.host:
+            out.append(f"besides in host memory: {_gb(self.host)} of weights")
         return "\n".join(out)
 
 

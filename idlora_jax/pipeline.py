@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from idlora_jax import adapters as lora
-from idlora_jax import codecs, denoise, keys, parallel, plans
+from idlora_jax import codecs, denoise, keys, parallel, plans, programs
 from idlora_jax.config import TransformerConfig
 from idlora_jax.config_upsampler import UpsamplerConfig
 from idlora_jax.keys import Keys
 from idlora_jax.model import transformer, upsampler
 from idlora_jax.model.attention import Backend
+from idlora_jax.model.tiling import Tiles
 from idlora_jax.plans import Plan, Stage
+from idlora_jax.savings import Saving, TextKV
 from idlora_jax.starts import (
     LARGER,
     Request,
@@ -111,6 +113,8 @@ def network(
     dtype: str = "float32",
     backend: Backend = "auto",
     mesh: Mesh | None = None,
+    numerics: Numerics = "exact",
+    without: tuple[Saving, ...] = (),
 ) -> Callable[..., tuple[AV, ...]]:
     """The transformer as `denoise` takes it, computing in `dtype`.
 
@@ -128,11 +132,19 @@ def network(
         mode: denoise.Mode,
     ) -> tuple[AV, ...]:
         s = each(lambda s: s._replace(x=s.x.astype(dtype)), s)
-        options = {"targets": targets, "mode": mode, "backend": backend}
         args = (cfg, variables, prepared, s, sigma, branches)
-        return transformer.apply(*args, mesh=mesh, **options)
+        options = {"targets": targets, "mode": mode, "backend": backend, "mesh": mesh}
+        return transformer.apply(*args, **options, numerics=numerics, without=without)
 
     return apply
+
+
+_prepare = programs.jit(
+    transformer.prepare,
+    "tables and prompts",
+    static_argnums=0,
+    static_argnames=("numerics", "text_kv"),
+)
 
 
 def denoiser(
@@ -147,6 +159,8 @@ def denoiser(
     dtype: str = "float32",
     backend: Backend = "auto",
     mesh: Mesh | None = None,
+    text_kv: TextKV = "cached",
+    without: tuple[Saving, ...] = (),
 ) -> denoise.Denoise:
     """The guided prediction of a stage, for streams at these positions.
 
@@ -161,6 +175,8 @@ def denoiser(
         dtype: what the transformer computes in; the sampler's state is float32.
         backend: see `model.attention.attend`.
         mesh: see `model.transformer.apply`.
+        text_kv: see `savings`; where the noise level modulates text (2.3), "shared".
+        without: savings that are switched off.
 
     Raises:
         ValueError: if a term needs a prompt that is not given.
@@ -175,11 +191,14 @@ def denoiser(
     def cast(text: Any) -> Any:
         return None if text is None else jnp.asarray(text, dtype)
 
-    texts = tuple(Prompt(cast(p.video), cast(p.audio), p.mask) for p in prompts)
+    read = prompts[:need]
+    texts = tuple(Prompt(cast(p.video), cast(p.audio), p.mask) for p in read)
+    cached = text_kv == "cached" and not cfg.text_adaln and "text_kv" not in without
+    options: dict[str, Any] = {"numerics": numerics, "text_kv": cached}
     return denoise.make_denoiser(
-        network(cfg, dtype, backend, mesh),
+        network(cfg, dtype, backend, mesh, numerics, without),
         dict(variables),
-        transformer.prepare(cfg, variables, s, texts, numerics=numerics),
+        _prepare(cfg, dict(variables), s, texts, **options),
         stage.terms,
         target_counts(layout),
         depth=cfg.layers,
@@ -203,6 +222,8 @@ def sample(
     dtype: str = "float32",
     backend: Backend = "auto",
     mesh: Mesh | None = None,
+    text_kv: TextKV = "cached",
+    without: tuple[Saving, ...] = (),
     watch: Watch | None = None,
     remat: bool = False,
 ) -> AV:
@@ -223,6 +244,8 @@ def sample(
         backend: see `model.attention.attend`.
         mesh: devices that the samples are divided over, and branches in mode "batch";
             `variables` are placed on it already (`networks.load`, `parallel.place`).
+        text_kv: see `denoiser`.
+        without: see `denoiser`.
         watch: called after every step; with it, steps are dispatched one by one.
         remat: for gradients; see `denoise.sample`.
 
@@ -252,6 +275,8 @@ def sample(
         "dtype": dtype,
         "backend": backend,
         "mesh": mesh,
+        "text_kv": text_kv,
+        "without": without,
     }
     noise_key, solver_key = keys.split(key, 2)
     noise = draw_noise(noise_key, clean) if request.noise is None else request.noise
@@ -277,9 +302,21 @@ def sample(
 
 
 def with_adapters(
-    base: Tree, adapters: Mapping[str, Adapter], stage: Stage
+    base: Tree,
+    adapters: Mapping[str, Adapter],
+    stage: Stage,
+    mesh: Mesh | None = None,
 ) -> dict[str, Tree]:
     """The transformer's variables in a stage: base and adapters at their strengths.
+
+    Adapters in host memory (NumPy) are moved to the device now, and are there as long
+    as the result: those of another stage are not beside them.
+
+    Args:
+        base: of the transformer.
+        adapters: by name.
+        stage: names them, with their strengths.
+        mesh: devices that they are divided over.
 
     Raises:
         ValueError: if the stage names an adapter that is not there, or one does not fit
@@ -290,12 +327,16 @@ def with_adapters(
         raise ValueError(
             f"stage {stage.name!r} uses the adapters {missing}, got {sorted(adapters)}"
         )
-    used = [lora.scale(adapters[name], strength) for name, strength in stage.adapters]
+    used = [
+        lora.scale(parallel.place(adapters[name], mesh), strength)
+        for name, strength in stage.adapters
+    ]
     if not used:
         return {"params": base}
-    stacked = lora.stack(*used)
+    # One alone is not copied: the distilled LoRA has 7.6 GB.
+    stacked = used[0] if len(used) == 1 else lora.stack(*used)
     lora.check(stacked, base)
-    return {"params": base, "lora": stacked}
+    return {"params": base, "lora": jax.tree.map(jnp.asarray, stacked)}
 
 
 def enlarge(cfg: UpsamplerConfig | None, base: Mapping[str, Tree], latents: AV) -> AV:
@@ -322,12 +363,20 @@ def enlarge(cfg: UpsamplerConfig | None, base: Mapping[str, Tree], latents: AV) 
             f"expected {[*want]}; use a spatial x2 upsampler"
         )
     stats = base["video_vae"]["stats"]
-    statistics = (jnp.asarray(stats[n], jnp.float32) for n in ("mean", "std"))
     video = latents.video.astype(jnp.float32)
-    return AV(_upsample(cfg, base["upsampler"], video, *statistics), latents.audio)
+    params = codecs.on_device(base["upsampler"])
+    args = (cfg, params, video, *codecs.on_device((stats["mean"], stats["std"])))
+    return AV(_upsample(*args), latents.audio)
 
 
-_upsample = jax.jit(upsampler.upsample, static_argnums=0)
+def _upsampled(
+    cfg: UpsamplerConfig, params: Tree, video: Any, mean: Any, std: Any
+) -> Any:
+    statistics = (x.astype(jnp.float32) for x in (mean, std))
+    return upsampler.upsample(cfg, params, video, *statistics)
+
+
+_upsample = programs.jit(_upsampled, "enlarge", static_argnums=0)
 
 
 def layouts(plan: Plan, layout: Layout) -> tuple[Layout, ...]:
@@ -359,9 +408,12 @@ def stages(
         if stage.refines:
             assert latents is not None, "a plan's first stage does not refine"
             options["before"] = enlarge(nets.upsampler, base, latents)
-        variables = with_adapters(base["transformer"], adapters, stage)
+        args = (base["transformer"], adapters, stage, options.get("mesh"))
+        variables = with_adapters(*args)
         args = (stage, nets.transformer, variables, asked, each_key[number])
         latents = sample(*args, layout=size, **options)
+        # Adapters of this stage are let go before those of the next one come.
+        del args, variables
         yield latents
 
 
@@ -374,6 +426,7 @@ def run(
     key: Keys,
     *,
     layout: Layout,
+    tiles: Tiles | Literal["usual"] | None = "usual",
     **options: Any,
 ) -> Media:
     """Sample a plan and decode the result.
@@ -387,7 +440,8 @@ def run(
         request: see `Request`.
         key: for everything drawn, or one per sample [B].
         layout: the clip, from `clip`, at the size of the first stage.
-        options: numerics, dtype, backend, mesh and watch of `sample`.
+        tiles: how the video is cut for decoding, see `codecs.decode_video`.
+        options: numerics, dtype, backend, mesh, text_kv, without and watch of `sample`.
 
     Raises:
         ValueError: for a request that does not fit, or a missing adapter or upsampler.
@@ -401,4 +455,5 @@ def run(
     args = (plan, nets, base, adapters, request, key)
     *_, latents = stages(*args, layout=layout, **options)
     before = layout.audio.before if layout.audio is not None else 0
-    return Media(*codecs.decode(nets, base, latents, before=before), latents)
+    made = codecs.decode(nets, base, latents, before=before, tiles=tiles)
+    return Media(*made, latents)

@@ -112,6 +112,8 @@ class Levels:
 
 
 PLAIN = Branch()
+VIDEO_ONLY = Branch(reads=frozenset({"video"}))
+"""What a pass does where all audio is given (`starts.refine`)."""
 ALWAYS = (0.0, 1.0)
 """The window of all noise levels."""
 
@@ -127,7 +129,8 @@ class Stage:
         terms: guidance directions; each costs a forward pass per model call.
         scales: (video, audio) per term.
         adapters: (name, strength) of the adapters in use.
-        positive: what the positive pass does; the terms' passes start from it.
+        positive: what the positive pass does; the terms' passes start from it. What it
+            does not read has to be given.
         placing: where references lie.
         branches: how the passes of a step are laid out; results are equal.
         rescale: share, for video and audio, by which guidance's change of deviation is
@@ -329,7 +332,8 @@ def _first(
 def _refining(adapters: Mapping[str, Real] | None, solver: str = "euler") -> Stage:
     used = tuple((adapters or {}).items())
     sigmas = Sigmas("stage2_distilled", steps=3)
-    return Stage("refine", solver, sigmas, adapters=used, refines=True)
+    options: dict[str, Any] = {"adapters": used, "refines": True}
+    return Stage("refine", solver, sigmas, positive=VIDEO_ONLY, **options)
 
 
 def one_stage(

@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import reduce
 from jaxtyping import Array, Float, Float32, Float64, UInt8
 from PIL import Image
 
-from idlora_jax import sheets
+from idlora_jax import programs, sheets
 from idlora_jax.config_video_vae import VideoVAEConfig
 from idlora_jax.files import PathLike, replacing
 from idlora_jax.model import video_vae
@@ -209,7 +208,7 @@ def _explained(
     return float(1 - (missed**2).sum() / (spread**2).sum())
 
 
-_encode = jax.jit(video_vae.encode, static_argnums=0)
+_encode = programs.jit(video_vae.encode, "fit previews", static_argnums=0)
 
 
 def fit(cfg: VideoVAEConfig, params: Tree, *, seed: int = 0) -> LinearMap:

@@ -27,7 +27,7 @@ import numpy as np
 from idlora_jax import adapters, checkpoints, parallel, prompts
 from idlora_jax.data import tokenize
 from idlora_jax.data.tokenize import TextTokenizer
-from idlora_jax.files import PathLike
+from idlora_jax.files import PathLike, user_cache
 from idlora_jax.sample_config import SampleConfig
 from idlora_jax.types import AV, Adapter, Numerics, Prompt
 from idlora_jax.weights import (
@@ -272,13 +272,8 @@ def folder_of(config: SampleConfig) -> Path | None:
         return None
     if config.text_cache is not None:
         return config.text_cache
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        # As the XDG specification wants it, a relative path counts as none.
-        root = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
-    except RuntimeError:  # A user without a home keeps nothing.
-        return None
-    return root / "idlora_jax" / "prompts"
+    root = user_cache()
+    return None if root is None else root / "prompts"
 
 
 def _encoder(

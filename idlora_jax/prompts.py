@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Int
 
+from idlora_jax import programs
 from idlora_jax.config_text import TextConnectorConfig, TextEncoderConfig
 from idlora_jax.data import tokenize
 from idlora_jax.data.tokenize import TextTokenizer
@@ -30,7 +31,7 @@ from idlora_jax.weights.networks import Networks
 Mask = Bool[ArrayLike, "B S"] | Int[ArrayLike, "B S"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(programs.jit, name="text encoder", static_argnums=(0, 1))
 def _features(
     encoder: TextEncoderConfig,
     connector: TextConnectorConfig,
@@ -43,7 +44,7 @@ def _features(
     return text_connector.features(connector, params[1], states, mask)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(programs.jit, name="text connectors", static_argnums=(0, 1))
 def _connect(
     connector: TextConnectorConfig,
     numerics: Numerics,

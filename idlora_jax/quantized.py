@@ -1,20 +1,29 @@
 """Kernels kept in 8 bits: what a stack of layers looks like when some are quantised.
 
+`Quantized` is what float8 checkpoints hold, one scale per layer and only some layers:
+
     kernel[l] = values[row[l]] * scale[row[l]]      where row[l] >= 0
     kernel[l] = wide[-1 - row[l]]                   elsewhere
 
-`Quantized` stands in a tree of parameters where a plain array would, with the same
-shape, so what only looks at shapes takes it as it is. The forward pass cuts one layer
-out and widens that (`layer`); `plain` widens what is not stacked. Memory holds one byte
-per quantised parameter and one layer of widened ones.
+`Int8` is what we make, one scale per layer and output channel o, and all layers:
 
-Values are bytes until one layer is cut out: where XLA cannot slice float8, as on CPU,
-it would widen the whole stack before the loop (measured: 2 bytes per parameter).
+    kernel[l, i, o] = values[l, i, o] * scales[l, 0, o]
+
+Both stand in a tree of parameters where a plain array would, with the same shape, so
+what only looks at shapes takes them as they are. The forward pass cuts one layer out
+(`layer`). It widens a layer of `Quantized`; a layer of `Int8` stays in its parts, since
+a scale per output channel can follow the matrix product (`product`), so that no widened
+kernel has to be in memory. `plain` widens what is not stacked. Memory holds one byte
+per quantised parameter and at most one layer of widened ones.
+
+Values of float8 are bytes until one layer is cut out: where XLA cannot slice float8, as
+on CPU, it would widen the whole stack before the loop (2 bytes a parameter, measured).
 
 Both candidates for a layer are cut out and one is selected: a branch on a value that
 lives on the device would make the host wait for it once per kernel.
 
-Source: ltx_core/quantization/fp8_scaled_mm.py: weight times weight_scale.
+Source: ltx_core/quantization/fp8_scaled_mm.py: weight times weight_scale; LLM.int8(),
+arXiv 2208.07339, section 2.1 (absolute-maximum quantisation, by column of the weight).
 """
 
 from __future__ import annotations
@@ -24,8 +33,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from idlora_jax import hosted
 from idlora_jax.types import Tree
 
 
@@ -65,13 +75,42 @@ class Quantized(NamedTuple):
         return self.wide.dtype
 
 
+class Int8(NamedTuple):
+    """A kernel [L I O], or [I O] of one layer, in int8.
+
+    Attributes:
+        values: int8 [L I O] in [-127, 127].
+        scales: float32 [L 1 O], 0 or more.
+        like: [0], of the dtype that the kernel widens to.
+    """
+
+    values: Any
+    scales: Any
+    like: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the plain parameter."""
+        return tuple(self.values.shape)
+
+    @property
+    def ndim(self) -> int:
+        """That of the plain parameter."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """What the kernel is widened to."""
+        return self.like.dtype
+
+
 def is_quantized(node: Any) -> bool:
-    """Whether a node of a tree is a `Quantized`, for `is_leaf`."""
-    return isinstance(node, Quantized)
+    """Whether a node of a tree is kept in 8 bits, for `is_leaf`."""
+    return isinstance(node, Quantized | Int8)
 
 
 def any_in(tree: Tree) -> bool:
-    """Whether a tree has a `Quantized`."""
+    """Whether a tree has kernels kept in 8 bits."""
     return any(map(is_quantized, jax.tree.leaves(tree, is_leaf=is_quantized)))
 
 
@@ -82,7 +121,8 @@ def rows(quantized: np.ndarray) -> np.ndarray:
 
 
 def _cut(stack: Array, index: Array) -> Array:
-    return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+    """A row of a stack; of one in host memory, on the device."""
+    return hosted.fetched(jax.lax.dynamic_index_in_dim(stack, index, keepdims=False))
 
 
 def _at(q: Quantized, row: Int[Array, ""]) -> Array:
@@ -99,15 +139,36 @@ def _at(q: Quantized, row: Int[Array, ""]) -> Array:
     return jax.lax.select(row >= 0, values, wide)
 
 
-def layer(stack: Array | Quantized, index: Int[Array, ""]) -> Array:
-    """One layer [...] of a stack [L ...], plain or quantised."""
+def layer(stack: Array | Quantized | Int8, index: Int[Array, ""]) -> Array | Int8:
+    """One layer [...] of a stack [L ...]; one in int8 in its parts."""
+    if isinstance(stack, Int8):
+        parts = _cut(stack.values, index), _cut(stack.scales, index)
+        return Int8(*parts, stack.like)
     if not isinstance(stack, Quantized):
         return _cut(stack, index)
     return _at(stack, _cut(stack.row, index))
 
 
-def whole(node: Array | np.ndarray | Quantized) -> Array | np.ndarray:
+def product(
+    x: Float[Array, "... I"],
+    kernel: Float[Array, "I O"] | Float[np.ndarray, "I O"] | Int8,
+) -> Float[Array, "... O"]:
+    """`x @ kernel` in the dtype of x; int8 is scaled after the product.
+
+    Values up to 127 are exact in bfloat16, so that only scaling rounds.
+    """
+    if not isinstance(kernel, Int8):
+        return x @ kernel.astype(x.dtype)
+    y = (x @ kernel.values.astype(x.dtype)).astype(jnp.float32)
+    scales = kernel.scales.reshape((1,) * (x.ndim - 1) + (-1,))
+    return (y * scales).astype(x.dtype)
+
+
+def whole(node: Array | np.ndarray | Quantized | Int8) -> Array | np.ndarray:
     """The plain parameter, all layers widened."""
+    if isinstance(node, Int8):
+        wide = jnp.asarray(node.values).astype(jnp.float32) * node.scales
+        return wide.astype(node.dtype)
     if not isinstance(node, Quantized):
         return node
     if node.row.ndim == 0:
@@ -116,5 +177,5 @@ def whole(node: Array | np.ndarray | Quantized) -> Array | np.ndarray:
 
 
 def plain(tree: Tree) -> Tree:
-    """A tree with every `Quantized` widened."""
+    """A tree with all that is kept in 8 bits widened."""
     return jax.tree.map(whole, tree, is_leaf=is_quantized)

@@ -51,7 +51,7 @@ Written = tuple[Path, Tree, AdapterMeta]
 FREE = frozenset(
     "base data output generation memory dry_run assume resume resume_with verify steps "
     "save_every keep keep_best log_every tensorboard validate_every read_ahead samples "
-    "wandb mesh distributed".split()
+    "wandb mesh distributed without program_cache use_program_cache precompile".split()
 )
 """Settings that may differ when a run is resumed; `steps` moves the schedule's end.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from idlora_jax.savings import Saving, TextKV
 from idlora_jax.settings import Guidance, Numerics, require
 
 NEGATIVE_PROMPT = (
@@ -65,13 +66,28 @@ class SampleConfig:
         batch: how many samples pass the transformer at once; results are equal.
         numerics: how positions and noise levels are made.
         dtype: of the networks' weights and the transformer's computation.
-        fp8: what becomes of kernels that the base holds in 8 bits: times their scales
-            in `dtype`, or kept and widened a layer at a time (half the memory).
+        weights: what the transformer's kernels are: those that the base holds in fp8
+            times their scales in `dtype` ("upcast"), or kept and widened a layer at a
+            time ("keep": half the memory); or all of the blocks in int8, made while
+            they are read ("int8": half the memory of any base).
+        weights_in: where the kernels of the blocks are; "host": in host memory, from
+            where layers come to the device while the one before computes.
+        text_kv: keys and values of prompts: made once for all steps (2.0), or, in less
+            memory, once a step for the branches that share a prompt.
+        without: savings that are switched off, to find a fault; see `savings`.
         mesh: axes over devices, for instance "data=2,tensor=4"; empty: one device.
         memory: what happens if the memory plan exceeds the device: an error, a warning,
             or no plan at all.
+        tile_size: pixels along a side of the tiles that a video is decoded in, a
+            multiple of 32; 0: frames are not cut. None: the largest that fit.
+        tile_frames: frames of a tile less one, a multiple of 8; 0: time is not cut.
+            None: as `tile_size`.
         text_cache: folder of encoded prompts; None: in the user's cache folder.
         use_text_cache: whether encoded prompts are kept and used again.
+        program_cache: folder of compiled programs; None: in the user's cache folder.
+        use_program_cache: whether compiled programs are kept and used again.
+        precompile: compile all that the samples need, say what of time and memory that
+            takes, and read no weights.
         crf: quality of the mp4's pictures; 0 best, 51 worst.
         contact_sheet: whether `<name>.png` is written.
         provenance: whether the mp4 itself says what made it; the JSON always does.
@@ -119,11 +135,19 @@ class SampleConfig:
     batch: int = 1
     numerics: Numerics = "exact"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    fp8: Literal["upcast", "keep"] = "upcast"
+    weights: Literal["upcast", "keep", "int8"] = "upcast"
+    weights_in: Literal["device", "host"] = "device"
+    text_kv: TextKV = "cached"
+    without: tuple[Saving, ...] = ()
     mesh: str = ""
     memory: Literal["check", "warn", "off"] = "check"
+    tile_size: int | None = None
+    tile_frames: int | None = None
     text_cache: Path | None = None
     use_text_cache: bool = True
+    program_cache: Path | None = None
+    use_program_cache: bool = True
+    precompile: bool = False
     crf: int = 17
     contact_sheet: bool = True
     provenance: bool = True
@@ -157,6 +181,10 @@ class SampleConfig:
             require(both, name, side, "height and width together, or neither")
             near = 512 if side is None else max(1, round(side / 32)) * 32
             require(side in (None, near), name, side, f"a multiple of 32 (use {near})")
+        for name, unit in (("tile_size", 32), ("tile_frames", 8)):
+            value = getattr(self, name)
+            near = value and max(2, round(value / unit)) * unit
+            require(value == near, name, value, f"a multiple of {unit} (use {near})")
         require(0 < self.fps < 1000, "fps", self.fps, "above 0 (use 25)")
         require(0 <= self.crf <= 51, "crf", self.crf, "0 to 51 (use 17)")
         require(self.preview >= 0, "preview", self.preview, "0 or more steps")

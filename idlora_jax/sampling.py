@@ -30,12 +30,14 @@ from idlora_jax import (
     parallel,
     pipeline,
     prompt_cache,
+    tile_choice,
 )
-from idlora_jax.jobs import Inputs, Job, check, plan_of
+from idlora_jax.jobs import Inputs, Job, check, codecs_wait, plan_of
 from idlora_jax.outputs import record, write
 from idlora_jax.pipeline import Media, Request, Watch
 from idlora_jax.prompt_cache import Say
 from idlora_jax.sample_config import SampleConfig
+from idlora_jax.tile_choice import Cut
 from idlora_jax.types import Adapter, Prompt, Tree, each
 from idlora_jax.weights import networks
 from idlora_jax.weights.networks import Networks
@@ -96,11 +98,20 @@ def load(
     Raises:
         ValueError: if weights are missing or do not fit.
     """
-    options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "fp8": config.fp8}
-    options["mesh"] = mesh_of(config)
+    options: dict[str, Any] = {
+        "dtype": jnp.dtype(config.dtype),
+        "weights": config.weights,
+        "weights_in": config.weights_in,
+        "mesh": mesh_of(config),
+    }
     if nets.upsampler is not None:
         names, options["upsampler_path"] = (*names, "upsampler"), config.upsampler
-    return networks.load(config.base, names, **options)[1]
+    if not codecs_wait(config, jax.default_backend()):
+        return networks.load(config.base, names, **options)[1]
+    own = [name for name in names if name == "transformer"]
+    waiting = [name for name in names if name != "transformer"]
+    params = jax.device_get(networks.load(config.base, waiting, **options)[1])
+    return params | networks.load(config.base, own, **options)[1]
 
 
 def request(
@@ -144,6 +155,7 @@ def run(
     requests: Sequence[Request],
     params: Mapping[str, Tree],
     watch: Watch | None = None,
+    tiles: Cut = "usual",
 ) -> Media:
     """Make samples in one batch; each is what it is alone.
 
@@ -153,19 +165,23 @@ def run(
         requests: of each, of equal shapes.
         params: from `load`.
         watch: see `pipeline.sample`.
+        tiles: that the videos are decoded in.
     """
     job, mesh = jobs[0], mesh_of(jobs[0].config)
     result = pipeline.run(
         job.plan,
         job.nets,
         params,
-        {name: parallel.place(a, mesh) for name, a in inputs.adapters.items()},
+        inputs.adapters,
         jax.tree.map(lambda *rows: jnp.concatenate(rows), *requests),
         jnp.stack([jax.random.key(job.config.seed) for job in jobs]),
         layout=job.layout,
         numerics=job.config.numerics,
         dtype=job.config.dtype,
         mesh=mesh,
+        text_kv=job.config.text_kv,
+        without=job.config.without,
+        tiles=tiles,
         watch=watch,
     )
     return jax.block_until_ready(result)
@@ -234,7 +250,8 @@ def generate(
     params = load(job.config, job.nets)
     asked = request(job, inputs, params, found)
     clock.append(time.perf_counter())
-    result = run([job], inputs, [asked], params, watch)
+    cut = tile_choice.explicit(job.config)
+    result = run([job], inputs, [asked], params, watch, cut)
     clock.append(time.perf_counter())
     text_s, load_s, sample_s = np.diff(clock).round(3).tolist()
     spent = {"text": text_s, "load": load_s, "sample": sample_s}

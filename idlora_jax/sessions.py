@@ -27,6 +27,7 @@ from idlora_jax import (
     previews,
     prompt_cache,
     sampling,
+    tile_choice,
     trajectories,
 )
 from idlora_jax.data import tokenize
@@ -37,7 +38,8 @@ from idlora_jax.outputs import keep_inputs, write
 from idlora_jax.pipeline import Request, Seen, Watch, layouts
 from idlora_jax.prompt_cache import Say
 from idlora_jax.sample_config import SampleConfig
-from idlora_jax.types import Prompt, Tree
+from idlora_jax.tile_choice import Cut
+from idlora_jax.types import Layout, Prompt, Tree
 
 FAILURES = (ValueError, OSError, jax.errors.JaxRuntimeError)
 """What ends one sample, and not the others; a device without memory among them."""
@@ -88,6 +90,7 @@ class Session:
         outcomes: of those that are not: finished before, or something is wrong.
         warnings: (name, line) of what is likely to make a bad clip.
         memory: what they need of the device, a table for each shape.
+        tiles: that their videos are decoded in, where memory decided it, by layout.
     """
 
     found: Opened
@@ -95,6 +98,7 @@ class Session:
     outcomes: tuple[Outcome, ...] = ()
     warnings: tuple[tuple[str, str], ...] = ()
     memory: tuple[str, ...] = ()
+    tiles: Mapping[Layout, Cut] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -116,6 +120,11 @@ class _Shared(NamedTuple):
     loaded: Loaded
     colours: Callable[[], previews.LinearMap]
     watch: WatchNamed | None
+    tiles: Mapping[Layout, Cut]
+
+    def cut(self, job: Job) -> Cut:
+        """How the sample is decoded."""
+        return self.tiles.get(job.layout, tile_choice.explicit(job.config))
 
 
 def _failed(config: SampleConfig, error: Exception) -> Outcome:
@@ -169,8 +178,8 @@ def prepare(configs: Sequence[SampleConfig], found: Opened | None = None) -> Ses
             if len(configs) == 1:
                 raise
             outcomes.append(_failed(config, error))
-    tables = tuple(judge.tables)
-    return Session(found, tuple(todo), tuple(outcomes), tuple(warnings), tables)
+    said = tuple(warnings), tuple(judge.tables)
+    return Session(found, tuple(todo), tuple(outcomes), *said, judge.tiles)
 
 
 @dataclass(frozen=True)
@@ -182,12 +191,14 @@ class _Judge:
         options: of `memory.for_job`.
         said: what was said of the shapes so far.
         tables: of their memory plans.
+        tiles: that their videos are decoded in, by layout.
     """
 
     batch: int
     options: Mapping[str, Any]
     said: dict[Any, ValueError | None] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
+    tiles: dict[Layout, Cut] = field(default_factory=dict)
 
     def lines(self, job: Job, inputs: Inputs) -> tuple[str, ...]:
         """What is to be said of a sample that does not fit.
@@ -203,12 +214,14 @@ class _Judge:
         key = job.layout, tuple(voices), begins
         line = None
         if key not in self.said:
-            plan = memory.for_job(job, inputs, **self.options)
+            most = memory.limit()
+            plan = memory.for_job(job, inputs, most=most, **self.options)
+            self.tiles[job.layout] = plan.tiles
             if plan.table() not in self.tables:
                 self.tables.append(plan.table())
             self.said[key] = None
             try:
-                line = memory.check(job, inputs, plan, **self.options)
+                line = memory.check(job, inputs, plan, most, **self.options)
             except ValueError as error:
                 self.said[key] = error
         error = self.said[key]
@@ -268,6 +281,35 @@ def make(
             yield outcome
 
 
+def rehearse(session: Session, loaded: Loaded) -> Iterator[Outcome]:
+    """Go through the samples of a session as `make` does, and write nothing.
+
+    Args:
+        session: from `prepare`.
+        loaded: of `load`, or shapes in place of parameters (see `precompile`).
+
+    Yields:
+        The samples that nothing can be said of yet, or for which it fails.
+    """
+    shared = _shared(session, loaded, None)
+    for group in _groups(session.todo, lambda config: _ready(config, shared)):
+        if isinstance(group, Outcome):
+            yield group
+            continue
+        made, config = [one.job for one in group], group[0].job.config
+        # Steps are dispatched one by one where anything looks at them.
+        looks = config.progress or config.preview or config.save_trajectory
+        watch = (lambda seen: None) if looks else None
+        requests = [one.request for one in group]
+        try:
+            args = (made, group[0].inputs, requests, loaded.params)
+            result = sampling.run(*args, watch, shared.cut(made[0]))
+            for n, job in enumerate(made):
+                sampling.single(job, result, n)
+        except FAILURES as error:
+            yield from (_failed(job.config, error) for job in made)
+
+
 def load(session: Session, note: Say | None = None) -> Loaded:
     """Encode the texts of a session, then read the other networks.
 
@@ -292,7 +334,7 @@ def load(session: Session, note: Say | None = None) -> Loaded:
 def _shared(session: Session, loaded: Loaded, watch: WatchNamed | None) -> _Shared:
     cfg, params = session.found.nets.video_vae, loaded.params
     colours = functools.cache(lambda: previews.fit(cfg, params["video_vae"]))
-    return _Shared(session.found, loaded, colours, watch)
+    return _Shared(session.found, loaded, colours, watch, session.tiles)
 
 
 def _ready(config: SampleConfig, shared: _Shared) -> _Ready | Outcome:
@@ -339,7 +381,7 @@ def _outcomes(group: Sequence[_Ready], shared: _Shared) -> Iterator[Outcome]:
     start, requests = time.perf_counter(), [one.request for one in group]
     try:
         args = (made, group[0].inputs, requests, shared.loaded.params)
-        result = sampling.run(*args, watch)
+        result = sampling.run(*args, watch, shared.cut(made[0]))
     except FAILURES as error:
         yield from (_failed(job.config, error) for job in made)
         return

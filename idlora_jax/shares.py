@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from idlora_jax import parallel
+from idlora_jax import parallel, programs
 from idlora_jax.config import TransformerConfig
 from idlora_jax.settings import UsageError
 
@@ -113,7 +113,7 @@ def made(f: Callable[..., Any], mesh: Mesh | None, *given: Any) -> Any:
     if mesh is None:
         return f(*given)
     places = places_of(jax.eval_shape(f, *given), mesh)
-    return jax.jit(f, out_shardings=places)(*given)
+    return programs.jit(f, "start", out_shardings=places)(*given)
 
 
 def everywhere(mesh: Mesh | None) -> NamedSharding | None:

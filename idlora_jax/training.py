@@ -33,6 +33,7 @@ from idlora_jax import (
     losses,
     norms,
     optimizers,
+    programs,
     shares,
     strategies,
 )
@@ -305,4 +306,5 @@ def make_train_step(
         return state, metrics | extra | _sizes(task, adapter)
 
     out = None if places is None else (places, places.step)
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    options: dict[str, Any] = {"donate_argnums": 0, "out_shardings": out}
+    return programs.jit(step, "training step", **options)

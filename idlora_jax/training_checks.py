@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from idlora_jax import memory, training_memory, training_outlines
+from idlora_jax import lighter, memory, training_memory, training_outlines
 from idlora_jax.experiment import TrainConfig
 from idlora_jax.fitting import Fit
 from idlora_jax.memory import Device
@@ -26,11 +26,6 @@ ASSUMED = 8
 """Devices that an assumed machine may have."""
 
 
-def _named(changes: Change) -> str:
-    """Settings as the command line takes them."""
-    return " ".join(f"--{name.replace('_', '-')} {v}" for name, v in changes.items())
-
-
 def _applied(config: TrainConfig, changes: Change) -> TrainConfig:
     """`{"optimizer.name": "lion"}` in place of what the settings say."""
     for name, value in changes.items():
@@ -40,16 +35,24 @@ def _applied(config: TrainConfig, changes: Change) -> TrainConfig:
     return config
 
 
-def _groups(outline: Outline) -> Iterator[list[Change]]:
+def _streaming(config: TrainConfig, changes: Change) -> Change:
+    """The settings with the policy that goes with weights in host memory."""
+    lacks = "weights_in" in changes and config.remat != "full"
+    return {**changes, "remat": "full"} if lacks else changes
+
+
+def _groups(outline: Outline, platform: str) -> Iterator[list[Change]]:
     """Settings that need less; each list from the least change on."""
     config = outline.config
     policies = ("none", "selective", "full")
-    lighter = policies[policies.index(config.remat) + 1 :]
-    yield [{"remat": policy} for policy in lighter]
+    rest = policies[policies.index(config.remat) + 1 :]
+    yield [{"remat": policy} for policy in rest]
     if config.optimizer.name == "adamw":
         yield [{"optimizer.name": "adamw8bit"}]
-    if config.mode == "lora" and config.fp8 == "upcast" and outline.narrow:
-        yield [{"fp8": "keep"}]
+    if config.mode == "lora":
+        asked = config.weights, config.weights_in, config.base, platform
+        groups = lighter.weights(*asked)
+        yield from [[_streaming(config, c) for c in group] for group in groups]
     size, times = config.batch_size, config.optimizer.accumulation
     smaller = [n for n in range(size - 1, 0, -1) if size % n == 0]
     yield [
@@ -96,15 +99,15 @@ def helps(
         return training_memory.of(other, device, planned).peak.total
 
     said: list[str] = []
-    own = [group for group in _groups(outline) if group]
+    own = [group for group in _groups(outline, platform) if group]
     for group in (*own, *_meshes(outline, devices)):
         sizes = ((changes, needs(changes)) for changes in group)
         fits = next(((c, n) for c, n in sizes if n <= most), None)
-        said += [f"{_named(fits[0])} ({fits[1] / GB:.2f} GB)"] if fits else []
+        said += [f"{lighter.named(fits[0])} ({fits[1] / GB:.2f} GB)"] if fits else []
     if not said and len(own) > 1:
         every = {name: v for group in own for name, v in group[-1].items()}
         peak = needs(every)
-        said = [f"{_named(every)} ({peak / GB:.2f} GB)"] if peak <= most else []
+        said = [f"{lighter.named(every)} ({peak / GB:.2f} GB)"] if peak <= most else []
     return said
 
 

@@ -54,7 +54,7 @@ def _part(tree: Any, device: Device) -> int:
 def _base(outline: Outline, device: Device) -> Rows:
     """What is loaded."""
     return [
-        (name.replace("_", " "), memory.size(tree, name, device.mesh))
+        (name.replace("_", " "), device.held(tree, name))
         for name, tree in outline.params.items()
     ]
 
@@ -181,4 +181,6 @@ def of(
     if planned is not None:
         phases.append(_samples(planned, device, rows))
     phases.append(_save(outline, device, rows))
-    return MemoryPlan(_title(outline, device), tuple(phases))
+    on_host = device.hosted(outline.params["transformer"], "transformer")
+    on_host = 0 if device.platform == "cpu" else on_host
+    return MemoryPlan(_title(outline, device), tuple(phases), on_host)

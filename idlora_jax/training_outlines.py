@@ -29,6 +29,7 @@ from idlora_jax import (
     evaluation,
     fitting,
     geometry,
+    hosted,
     optimizers,
     outlines,
     records,
@@ -153,7 +154,10 @@ def _published(path: str, like: Any, generation: Generation, choice: Choice) -> 
 
 
 def built_in(
-    generation: Generation, dtype: str = "bfloat16", choice: Choice = "upcast"
+    generation: Generation,
+    dtype: str = "bfloat16",
+    choice: Choice = "upcast",
+    where: hosted.Where = "device",
 ) -> tuple[Nets, dict[str, Tree]]:
     """The published networks that training uses, and shapes of their parameters.
 
@@ -161,15 +165,18 @@ def built_in(
         generation: which.
         dtype: of the parameters.
         choice: of kernels in 8 bits; "keep" stands for the published files with such.
+        where: where kernels of the transformer's blocks are.
     """
     section = config.published(generation)
     made = {name: catalog.read_config(name, section, generation) for name in NAMES}
     nets, params = Nets(**made, generation=generation), {}
     for name in NAMES:
         flat = rules.flatten(catalog.shapes_of(name, made[name]))
-        own: Choice = choice if name == "transformer" else "upcast"
+        main = name == "transformer"
+        own: Choice = choice if main else "upcast"
         found = {p: _published(p, like, generation, own) for p, like in flat.items()}
-        params[name] = outlines.shapes(found, jnp.dtype(dtype), own)
+        place: hosted.Where = where if main else "device"
+        params[name] = outlines.shapes(found, jnp.dtype(dtype), own, place)
     return nets, params
 
 
@@ -223,12 +230,6 @@ class Outline:
 
         return jax.eval_shape(start, self.params["transformer"])
 
-    @property
-    def narrow(self) -> bool:
-        """Whether the base has kernels in 8 bits that may be kept."""
-        base = self.config.base
-        return base.exists() and outlines.has_8_bits(base)
-
     @functools.cached_property
     def prompt(self) -> Prompt:
         """Of one clip, [1 S D] each."""
@@ -275,7 +276,7 @@ class Outline:
         state = self.state._replace(
             opt_state=jax.eval_shape(tx.init, self.state.adapter)
         )
-        args = state, self.frozen, self.batch(self.share)
+        args = state, hosted.traceable(self.frozen), self.batch(self.share)
         return step.trace(*args).jaxpr  # pyright: ignore
 
     @functools.cached_property
@@ -309,7 +310,8 @@ class Outline:
         batch, noise = self.batch(self.held), self.noise
         levels = Shape((len(self.config.heldout.sigmas),), np.dtype(np.float32))
         run = evaluation.make_evaluate(self.task).velocities
-        args = self.state.adapter, self.frozen, batch, levels, noise
+        frozen = hosted.traceable(self.frozen)
+        args = self.state.adapter, frozen, batch, levels, noise
         return run.trace(*args).jaxpr  # pyright: ignore
 
     def other(self, config: TrainConfig) -> Outline:
@@ -328,11 +330,13 @@ def of(config: TrainConfig, nets: Nets | Networks, clips: Clips) -> Outline:
     Raises:
         ValueError: if the base is there, and unreadable or incomplete.
     """
-    dtype, choice = config.dtype, config.fp8
+    options: dict[str, Any] = {
+        "dtype": config.dtype,
+        "choice": config.weights,
+        "where": config.weights_in,
+    }
     if config.base.exists():
-        params = outlines.parameters(
-            config.base, dtype=dtype, choice=choice, names=NAMES
-        )
+        params = outlines.parameters(config.base, names=NAMES, **options)
     else:
-        params = built_in(nets.generation, dtype, choice)[1]
+        params = built_in(nets.generation, **options)[1]
     return Outline(config, nets, params, clips)

@@ -112,6 +112,10 @@ class Skip(NamedTuple):
     v2a: bool = False
 
 
+BOTH = frozenset({"video", "audio"})
+"""Names of the two modalities."""
+
+
 @dataclass(frozen=True)
 class Branch:
     """What one forward pass does. Static and hashable; a plain call is `Branch()`.
@@ -123,6 +127,7 @@ class Branch:
         video_sees_ref: False hides the audio reference from audio-to-video attention.
         ref_sees_text: False gives reference rows the mean of the text values.
         frozen: modalities attended to but not updated ("video", "audio").
+        reads: modalities whose velocities are read; there are none of the others.
     """
 
     prompt: int = 0
@@ -131,6 +136,7 @@ class Branch:
     video_sees_ref: bool = True
     ref_sees_text: bool = True
     frozen: frozenset[str] = frozenset()
+    reads: frozenset[str] = BOTH
 
 
 @jax.tree_util.register_static

@@ -130,7 +130,7 @@ def _check_equal(configs: Sequence[SampleConfig]) -> None:
 
 
 def wanted(config: TrainConfig, warn: batches.Warn) -> tuple[SampleConfig, ...]:
-    """One configuration for each clip, with base, dtype, fp8 and mesh of training.
+    """One configuration for each clip, with base, dtype, weights and mesh of training.
 
     Args:
         config: `samples` says what is sampled.
@@ -147,7 +147,8 @@ def wanted(config: TrainConfig, warn: batches.Warn) -> tuple[SampleConfig, ...]:
             one,
             base=config.base,
             dtype=config.dtype,
-            fp8=config.fp8,
+            weights=config.weights,
+            weights_in=config.weights_in,
             text_encoder=one.text_encoder if encoder is None else encoder,
             output_dir=config.output / FOLDER,
             mesh=config.mesh,

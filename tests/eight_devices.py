@@ -61,7 +61,7 @@ def request() -> pipeline.Request:
     return pipeline.Request((prompt(0), prompt(1)), reference, frame)
 
 
-def load(path: str, mesh: Any) -> tuple[Tree, list[tuple[int, ...]]]:
+def load(path: str, mesh: Any, **options: Any) -> tuple[Tree, list[tuple[int, ...]]]:
     """The transformer, and the shapes of what was read in one piece."""
     seen, original = [], leaves.read_part
 
@@ -72,14 +72,15 @@ def load(path: str, mesh: Any) -> tuple[Tree, list[tuple[int, ...]]]:
 
     leaves.read_part = spy
     try:
-        params = networks.load(path, ("transformer",), mesh=mesh)[1]["transformer"]
+        found = networks.load(path, ("transformer",), mesh=mesh, **options)[1]
+        params = found["transformer"]
     finally:
         leaves.read_part = original
     return params, seen
 
 
-def latents(path: str, mode: Any, mesh: Any) -> tuple[AV, Tree, Any]:
-    params, read = load(path, mesh)
+def latents(path: str, mode: Any, mesh: Any, **options: Any) -> tuple[AV, Tree, Any]:
+    params, read = load(path, mesh, **options)
     (stage,) = plans.one_stage(branches=mode, **FULL).stages
     change = {"id": parallel.place(adapter(), mesh)}
     variables = pipeline.with_adapters(params, change, stage)
@@ -106,7 +107,7 @@ def whole(params: Tree) -> Tree:
 
 def compiled(folder: str, run: Callable[[], Any]) -> tuple[Any, str]:
     """What `run` gives, and the text of the sampling loop that it compiled."""
-    pattern = "*jit__scan*after_optimizations.txt"
+    pattern = "*jit__all_steps*after_optimizations.txt"
     before = set(Path(folder).glob(pattern))
     out = run()
     (new,) = set(Path(folder).glob(pattern)) - before
@@ -129,12 +130,8 @@ def report(path: str, folder: str) -> dict[str, Any]:
         mesh = parallel.make(MESHES[name])
         made, text = compiled(folder, lambda m=mode, on=mesh: latents(path, m, on))
         got, params, read = made
-        errors = [
-            float(np.abs(np.asarray(g) - w).max() / np.abs(w).max())
-            for g, w in zip(got, map(np.asarray, want), strict=True)
-        ]
         out[name] = {
-            "errors": errors,
+            "errors": relative(got, want),
             "held": held(params),
             "whole": [*whole(params)],
             "whole_bytes": held(whole(params))["0"],
@@ -159,7 +156,7 @@ def kept(path: str, folder: str) -> dict[str, Any]:
     file = eight_bits.write(Path(folder) / "narrow.safetensors", narrow, metadata)
     base = io.open_base(file)
     where = parallel.placement(parallel.make(MESHES["weights"]), "transformer")
-    options: dict[str, Any] = {"fp8": "keep"}
+    options: dict[str, Any] = {"weights": "keep"}
     whole = io.load_network(base, "transformer", **options)
     parts = io.load_network(base, "transformer", placement=where, **options)
     one, other = (
@@ -170,6 +167,28 @@ def kept(path: str, folder: str) -> dict[str, Any]:
         "part": one.values.addressable_shards[0].data.shape,
         "dtype": str(one.values.dtype),
         "same": all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other))),
+    }
+
+
+def relative(got: AV, want: AV) -> list[float]:
+    """The largest difference of each modality, relative to its largest value."""
+    pairs = zip(map(np.asarray, got), map(np.asarray, want), strict=True)
+    return [float(np.abs(g - w).max() / np.abs(w).max()) for g, w in pairs]
+
+
+def in_int8(path: str) -> dict[str, Any]:
+    """Kernels in int8 and in host memory, on eight devices and on one."""
+    want, _, _ = latents(path, "sweep", None, weights="int8")
+    mesh = parallel.make(MESHES["weights"])
+    options: dict[str, Any] = {"weights": "int8", "weights_in": "host"}
+    got, params, _ = latents(path, "sweep", mesh, **options)
+    own = params["blocks"]["video"]["ff"]["up"]["kernel"]
+    part = lambda x: [*x.addressable_shards[0].data.shape]
+    return {
+        "errors": relative(got, want),
+        "shapes": [[*own.values.shape], [*own.scales.shape]],
+        "parts": [part(own.values), part(own.scales)],
+        "kinds": [own.values.sharding.memory_kind, own.scales.sharding.memory_kind],
     }
 
 
@@ -200,4 +219,5 @@ def rows() -> dict[str, Any]:
 if __name__ == "__main__":
     found = report(*sys.argv[1:3])
     found |= {"eight_bits": kept(*sys.argv[1:3]), "rows": rows()}
+    found |= {"int8": in_int8(sys.argv[1])}
     print(json.dumps(found))

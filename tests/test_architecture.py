@@ -14,18 +14,18 @@ LIBRARY = ROOT / "idlora_jax"
 LEVELS = (
     "__init__ types config config_codecs config_text config_upsampler config_video_vae "
     "config_vocoder files images mel sound voices sheets media settings assumed "
-    "optimizer_config experiment sample_config monitoring commandline presets tagged "
-    "axes",
+    "savings optimizer_config experiment sample_config monitoring commandline presets "
+    "tagged axes",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
     "norms wandb_run records solvers losses parallel shares distributed keys liveness "
-    "flops",
+    "flops compile_cache programs hosted quality",
     "streams references",
     "denoise strategies model.*",
     "training evaluation loop runs states diagnosis weights.* checkpoints",
     "prompts prompt_cache plans as_trained codecs starts pipeline continuation "
-    "previews outlines phases memory trajectories jobs finished batches outputs "
-    "sampling sessions validation heldout run_files fitting training_outlines "
-    "training_memory training_checks dry_run data.*",
+    "previews outlines phases lighter memory trajectories jobs finished batches "
+    "outputs sampling sessions validation heldout run_files fitting training_outlines "
+    "training_memory training_checks dry_run precompile tile_choice data.*",
     "tiny demo",
 )
 """Lower first. A module imports its own level (without cycles) and lower ones."""
@@ -153,6 +153,19 @@ def test_the_library_imports_neither_torch_nor_tensorflow():
     for path in [*modules().values(), *(s for s in scripts if s.exists())]:
         roots = {full.split(".")[0] for full in imported(path)}
         assert not roots & forbidden, f"{path} imports {sorted(roots & forbidden)}"
+
+
+def test_benchmarks_load_jax_only_after_threads_were_set():
+    """What the command line is read with must load neither jax nor torch."""
+    folder = ROOT / "benchmarks"
+    for name in ("__init__", "__main__", "arguments", "configs", "host"):
+        tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+        heads = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = {a.name for n in heads if isinstance(n, ast.Import) for a in n.names}
+        names |= {str(n.module) for n in heads if isinstance(n, ast.ImportFrom)}
+        assert not {n.split(".")[0] for n in names} & {"jax", "torch"}, name
+        ours = {n for n in names if n.startswith("idlora_jax.")}
+        assert ours <= {"idlora_jax.config"}, f"{name} imports {sorted(ours)}"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_branches_say_what_each_pass_leaves_out():
     positive, text, identity, stg, bimodal = guidance.branches(ALL, depth=3)
     assert positive == Branch()
     assert text == Branch(prompt=1)
-    assert identity == Branch(use_ref=False)
+    assert identity == Branch(use_ref=False, reads=frozenset({"audio"}))
     skip = Skip(video_self=True, audio_self=True)
     assert stg == Branch(skip=(Skip(), skip, Skip()))
     assert bimodal == Branch(skip=(Skip(a2v=True, v2a=True),) * 3)
@@ -66,6 +66,22 @@ def test_weights_are_scales_less_the_neutral_one():
     want = [[2, 6], [0, 3], [1, 1], [2, 2]]
     np.testing.assert_array_equal(table, [want, want])
     assert guidance.weights((), {}, 4).shape == (4, 0, 2)
+
+
+def test_a_term_moves_only_what_it_reads():
+    scales = {"identity": (2, 3)}
+    with pytest.raises(ValueError, match=r"reads \['audio'\] only.*video is 2"):
+        guidance.weights([guidance.identity()], scales, 1)
+    table = guidance.weights([guidance.identity(video=True)], scales, 1)
+    np.testing.assert_array_equal(table, [[[2, 3]]])
+    x0 = predictions(2)
+    term = replace(guidance.identity(), momentum=0.5)
+    memory = guidance.memory([term], x0[0])
+    (direction,), memory = guidance.directions([term], x0, memory)
+    assert direction.video is None and memory[0].video is None
+    got = guidance.combine(x0, jnp.array([[9.0, 2.0]]), project=(direction,))
+    want = guidance.combine(x0, jnp.array([[0.0, 2.0]]))
+    close(got, want)
 
 
 @pytest.mark.parametrize("scales", [{}, {"text": (3, 7), "stg": (1, 1)}])

@@ -14,7 +14,16 @@ import pytest
 import sparse_files
 from jax.extend import core
 
-from idlora_jax import adapters, codecs, jobs, memory, outlines, pipeline, plans
+from idlora_jax import (
+    adapters,
+    codecs,
+    jobs,
+    lighter,
+    memory,
+    outlines,
+    pipeline,
+    plans,
+)
 from idlora_jax.config_upsampler import upsampler_config
 from idlora_jax.jobs import Inputs, Job
 from idlora_jax.memory import Device
@@ -115,11 +124,45 @@ def test_weights_are_those_of_the_loaded_networks_to_the_byte(
 def test_kernels_kept_in_8_bits_count_a_byte_each(eight):
     base = io.open_base(eight)
     for choice in ("keep", "upcast"):
-        live = io.load_network(base, "transformer", jnp.bfloat16, fp8=choice)
+        live = io.load_network(base, "transformer", jnp.bfloat16, weights=choice)
         shapes = outlines.parameters(eight, choice=choice)["transformer"]
         nbytes = sum(x.nbytes for x in jax.tree.leaves(live))
         assert memory.size(shapes) == nbytes
-    assert outlines.has_8_bits(eight)
+    assert outlines.stored_as(eight) == "fp8"
+
+
+def test_weights_in_host_memory_are_told_apart(tiny_model):
+    """On a GPU the device has two layers of them; on CPU the same memory has all."""
+    job = job_of(*tiny_model, frames=9, height=64, width=64)
+    config = dataclasses.replace(job.config, weights_in="host")
+    other = dataclasses.replace(job, config=config)
+    gpu, cpu = memory.Device("gpu"), memory.Device("cpu")
+    plan = lambda job, device: memory.for_job(
+        job, NOTHING, device=device, encodes=False
+    )
+    before, after = plan(job, gpu), plan(other, gpu)
+    layers = job.nets.transformer.layers
+    decode = before.phases[-1].resident, after.phases[-1].resident
+    all_, rest = (dict(rows)["transformer"] for rows in decode)
+    assert before.host == 0 and after.host == all_ - rest > all_ / 2
+    assert f"in host memory: {after.host / 1e9:.2g} of weights" in after.table()
+    assert after.phases[1].temporary > 1.5 * after.host / layers
+    assert after.phases[1].total < before.phases[1].total
+    on_cpu = dict(plan(other, cpu).phases[-1].resident)["transformer"]
+    assert on_cpu == all_ and plan(other, cpu).host == 0
+
+
+def test_weights_in_host_memory_are_advised_where_they_help(eight, tiny_model):
+    job = job_of(eight, tiny_model[1], frames=9, height=64, width=64)
+    options: Any = {"encodes": False, "device": memory.Device("gpu")}
+    found = memory.for_job(job, NOTHING, **options)
+    said = [*memory.helps(job, NOTHING, found, found.peak.total - 1, **options)]
+    assert any(line.startswith("--weights keep (") for line in said)
+    assert any(line.startswith("--weights-in host (") for line in said)
+    narrow = lighter.weights("keep", "device", eight, "gpu")
+    assert [{"weights": "int8"}] in narrow
+    assert lighter.weights("int8", "host", eight, "gpu") == [[]]
+    assert lighter.weights("int8", "device", eight, "cpu") == [[]]
 
 
 def needed(traced: Any) -> int:
@@ -175,6 +218,25 @@ def test_an_adapter_counts_where_a_stage_uses_it(tiny_model, larger):
     assert sizes == {"text": 0, "inputs": 0, "first": wanted, "refine": 0, "decode": 0}
 
 
+def test_what_waits_on_the_host_counts_where_it_is_used(tiny_model, larger):
+    nets, params = opened(tiny_model[0], tiny_model[1], larger, dtype="float32")
+    plan = plans.two_stage(steps=2, video_cfg=1, audio_cfg=1, **FEW)
+    args = (plan, nets, params, pipeline.clip(9, 64, 64))
+    found = memory.of(*args, asked=ASKED, wait=True)
+    waiting = {p.name: {*dict(p.resident)} & memory.WAITING for p in found.phases}
+    assert waiting == {
+        "text": set(),
+        "inputs": {"video vae", "audio vae"},
+        "first": set(),
+        "enlarge": {"upsampler"},
+        "refine": set(),
+        "decode": {"video vae", "audio vae", "vocoder"},
+    }
+    whole = memory.of(*args, asked=ASKED)
+    peaks = {p.name: p.temporary for p in whole.phases}
+    assert peaks["refine"] == max(p.temporary for p in found.phases[3:5])
+
+
 def test_a_mesh_divides_the_weights_as_the_rules_say(tiny_model):
     _, params = opened(tiny_model[0], tiny_model[1], dtype="float32")
     whole = memory.size(params["transformer"])
@@ -204,7 +266,8 @@ def config_of(job: Job, settings: str) -> SampleConfig:
     """The job's settings with those that a message names."""
     words = settings.split()
     pairs = zip(words[::2], words[1::2], strict=True)
-    given = {k.removeprefix("--"): int(v) if v.isdigit() else v for k, v in pairs}
+    names = lambda k: k.removeprefix("--").replace("-", "_")
+    given = {names(k): int(v) if v.isdigit() else v for k, v in pairs}
     return dataclasses.replace(job.config, **given)
 
 
@@ -214,20 +277,22 @@ OFF = Guidance(audio_cfg=1.0, identity=0.0, stg=0.0, bimodal=1.0)
 def test_too_little_memory_is_an_error_that_names_what_helps(tiny_model):
     job = job_of(tiny_model[0], tiny_model[1], branches="batch", batch=2, guidance=OFF)
     options: Any = {"encodes": False}
-    found = memory.for_job(job, NOTHING, **options)
+    found = memory.for_job(job, NOTHING, most=1, **options)  # in the smallest tiles
     most = found.peak.total - 1
     assert memory.check(job, NOTHING, found, most + 1, **options) is None
     with pytest.raises(ValueError, match="each of these makes it fit") as error:
         memory.check(job, NOTHING, found, most, **options)
     text = str(error.value)
     assert "--batch 1" in text and "--height 448 --width 448" in text
-    assert "--fp8" not in text and "--dtype" not in text and "--mesh" not in text
+    assert "--weights int8" in text and "keep" not in text and "-in host" not in text
+    assert "--dtype" not in text and "--mesh" not in text
     named = text.split("makes it fit: ")[1].split(" (--memory")[0].split(", ")
-    assert len(named) == 3
-    for setting in named[:2]:
+    options = [setting.split()[0] for setting in named]
+    assert options == ["--weights", "--batch", "--height", "--frames"]
+    for setting in named[:-1]:
         config = config_of(job, setting.partition(" (")[0])
         other = dataclasses.replace(job, config=config, layout=layout_of(config))
-        assert memory.for_job(other, NOTHING).peak.total <= most
+        assert memory.for_job(other, NOTHING, most=most).peak.total <= most
 
 
 def test_weights_that_are_too_large_are_not_blamed_on_the_size(eight, tiny_model):
@@ -237,7 +302,7 @@ def test_weights_that_are_too_large_are_not_blamed_on_the_size(eight, tiny_model
     )
     found = MemoryPlan("", (Phase("first", (("transformer", 10**9),), 0),))
     line = memory.check(job, NOTHING, found, 10**9 - 1)
-    assert line is not None and "--fp8 keep" in line
+    assert line is not None and "--weights keep" in line
     assert "--height" not in line and "--frames" not in line
     off = dataclasses.replace(job, config=dataclasses.replace(job.config, memory="off"))
     assert memory.check(off, NOTHING, found, 1) is None

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
-from idlora_jax import adapters, config, parallel
+from idlora_jax import adapters, config, hosted, parallel
 from idlora_jax.config_text import text_encoder_config
 from idlora_jax.model import text_encoder, transformer
 from idlora_jax.tiny import gemma_config
@@ -152,6 +152,10 @@ def test_parts_of_a_kernel_in_8_bits_lie_as_it_does():
     assert parallel.sharding(mesh, f"{path}/values", (3, 8, 16)) == want
     assert parallel.sharding(mesh, f"{path}/wide", (0, 8, 16)) == want
     assert parallel.sharding(mesh, f"{path}/scale", (3,)).is_fully_replicated
+    scales = parallel.sharding(mesh, f"{path}/scales", (3, 1, 16))
+    assert (*scales.spec,) == (None, "fsdp", "tensor")  # of size 1 along fsdp
+    down = parallel.sharding(mesh, path.replace("up", "down") + "/scales", (3, 1, 16))
+    assert down.is_fully_replicated
 
 
 def test_an_axis_that_cannot_be_divided_stays_whole():
@@ -186,7 +190,7 @@ def seen(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("eight")
     file = eight_devices.write(folder / "small.safetensors")
     given = str(file), str(folder / virtual_devices.DUMP)
-    return virtual_devices.seen("eight_devices.py", folder, "jit__scan", *given)
+    return virtual_devices.seen("eight_devices.py", folder, "jit__all_steps", *given)
 
 
 @pytest.mark.slow
@@ -235,6 +239,16 @@ def test_kernels_kept_in_8_bits_are_divided_as_bytes(seen):
     assert seen["eight_bits"]["shape"][1] == 4 * seen["eight_bits"]["part"][1]
     assert seen["eight_bits"]["dtype"] == "uint8"
     assert seen["eight_bits"]["same"]
+
+
+@pytest.mark.slow
+def test_kernels_in_int8_are_divided_in_host_memory(seen):
+    """Values and scales by columns over four devices; scales stay on these."""
+    found = seen["int8"]
+    assert max(found["errors"]) < 1e-5
+    for whole, part in zip(found["shapes"], found["parts"], strict=True):
+        assert whole == [*part[:2], 4 * part[2]]
+    assert found["kinds"][0] == hosted.KIND != found["kinds"][1]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from idlora_jax.model import transformer
 from idlora_jax.pipeline import Request
 from idlora_jax.plans import Plan, Stage
 from idlora_jax.types import AV, Layout, each
+from idlora_jax.weights.networks import Networks
 
 LAYOUT = Layout(GRID, SOUND)
 CFG = small.config("2.0")
@@ -299,8 +300,8 @@ def test_a_clip_checks_its_size():
 def test_run_decodes_what_the_stage_sampled(monkeypatch: Any, usual: AV):
     given: dict[str, Any] = {}
 
-    def decode(nets: Any, params: Any, latents: AV, before: int) -> tuple[str, str]:
-        given.update(nets=nets, params=params, latents=latents)
+    def decode(nets: Any, params: Any, latents: AV, **options: Any) -> tuple[str, str]:
+        given.update(nets=nets, params=params, latents=latents, **options)
         return "video", "wave"
 
     monkeypatch.setattr(codecs, "decode", decode)
@@ -310,6 +311,7 @@ def test_run_decodes_what_the_stage_sampled(monkeypatch: Any, usual: AV):
     args = (plan, nets, base, {"id": lora()}, ask(), jax.random.key(0))
     media = pipeline.run(*args, layout=LAYOUT)
     assert (media.video, media.wave, given["nets"]) == ("video", "wave", nets)
+    assert (given["before"], given["tiles"]) == (0, "usual")
     assert same(media.latents, usual)
 
 
@@ -377,3 +379,40 @@ def test_gradients_reach_the_reference_and_remat_changes_nothing():
     plain, again = (jax.grad(loss)(request.reference, on) for on in (False, True))
     assert np.isfinite(plain).all() and np.abs(plain).max() > 0
     np.testing.assert_allclose(again, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_one_stage_are_not_on_the_device_in_another(monkeypatch):
+    base = small.base("2.0")
+
+    def host(rank: int) -> Any:
+        init = lambda key: adapters.init(key, base, rank)
+        made = jax.eval_shape(init, jax.random.key(0))
+        return jax.tree.map(lambda x: np.full(x.shape, 0.01, np.float32), made)
+
+    def there(rank: int) -> bool:
+        return any(rank in x.shape for x in jax.live_arrays() if x.ndim == 3)
+
+    own, seen = {"id": host(7), "ed": host(11)}, []
+    options = TEXT_ONLY | {"adapters": {"id": 1.0}, "refining": {"ed": 0.8}}
+    plan = plans.two_stage(**options)
+    second = pipeline.layouts(plan, LAYOUT)[1]
+    monkeypatch.setattr(pipeline, "enlarge", lambda *_: _latents(second))
+    nets = object.__new__(Networks)  # of which one network is all there is
+    for name, value in {"transformer": CFG, "upsampler": None}.items():
+        object.__setattr__(nets, name, value)
+    args = (plan, nets, {"transformer": base}, own, ask(first_frame=False))
+    watch = lambda s: seen.append((s.stage, there(7), there(11)))
+    for _ in pipeline.stages(*args, jax.random.key(0), layout=LAYOUT, watch=watch):
+        seen.append(("between", there(7), there(11)))
+    assert dict.fromkeys(seen) == {
+        ("first", True, False): None,
+        ("between", False, False): None,
+        ("refine", False, True): None,
+    }
+
+
+def _latents(layout: Layout) -> AV:
+    assert layout.video is not None and layout.audio is not None
+    cells = geometry.latent_shape(layout.video)
+    sound = layout.audio.frames, geometry.AUDIO_BINS, geometry.AUDIO_CHANNELS
+    return AV(jnp.zeros((1, *cells, 128)), jnp.zeros((1, *sound)))

@@ -152,7 +152,7 @@ def test_layers_in_8_bits_add_no_compiled_block():
 
 def test_training_the_base_itself_needs_widened_weights():
     run = lambda v: forward(small.config("2.3"), v, scanned=("params",))
-    with pytest.raises(ValueError, match=r"8 bits.*fp8='upcast'"):
+    with pytest.raises(ValueError, match=r"8 bits.*weights='upcast'"):
         jax.eval_shape(run, {"params": kept()})
 
 
@@ -161,12 +161,12 @@ def test_the_commands_pass_the_choice_on(command: str, monkeypatch: Any):
     """What they do with it is said above."""
 
     def asked(path: Any, names: Any, **options: Any) -> Any:
-        raise InterruptedError(options["fp8"])
+        raise InterruptedError(options["weights"])
 
     monkeypatch.setattr(networks, "load", asked)
     monkeypatch.setattr(sampling, "texts", lambda *_: {})
     made = {"train": presets.tiny_train(), "sample": presets.tiny_sample()}[command]
-    config = dataclasses.replace(made, fp8="keep")
+    config = dataclasses.replace(made, weights="keep")
     kind: Any = {"train": fitting.Fit, "sample": sampling.Job}[command]
     job = object.__new__(kind)
     object.__setattr__(job, "config", config)

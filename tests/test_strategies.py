@@ -359,7 +359,8 @@ def test_training_without_reference_is_identity_guidances_unconditional_pass(
     inputs = strategies.prepare(draws, batch, spec)
     got = jax.jit(functools.partial(training.predict, task))(base, adapter, inputs)
     shown = strategies.prepare(draws._replace(drop_ref=None), batch, spec).streams
-    passes = guidance.branches((guidance.identity(),), 2, strategies.branch(spec))
+    terms = (guidance.identity(video=True),)
+    passes = guidance.branches(terms, 2, strategies.branch(spec))
     variables = {"params": base, "lora": adapter}
     counts = strategies.targets(inputs)
 

@@ -190,9 +190,11 @@ def test_too_little_memory_is_an_error_that_names_what_helps(policies):
     assert [offer.partition(" (")[0] for offer in offers] == [
         "--remat full",
         "--optimizer.name adamw8bit",
+        "--weights int8",
+        "--weights-in host --remat full",
         "--batch-size 1 --optimizer.accumulation 2",
     ]
-    text, _, size = offers[2].partition(" (")
+    text, _, size = offers[-1].partition(" (")
     needs = training_memory.of(changed(run, text), device).peak.total
     assert needs <= most and size == f"{needs / 1e9:.2f} GB)"
 
@@ -202,14 +204,16 @@ def test_more_devices_are_offered_where_there_are_some(tiny_model):
     run = outline(tiny_model, optimizer=lion, batch_size=1)
     most = training_memory.of(run).peak.total - 1
     offers = training_checks.helps(run, "tpu", most, devices=3)
-    assert [offer.partition(" (")[0] for offer in offers] == ["--mesh tensor=2"]
-    assert training_checks.helps(run, "tpu", most) == []
+    lighter = ["--weights int8", "--weights-in host"]
+    named = [offer.partition(" (")[0] for offer in offers]
+    assert named == [*lighter, "--mesh tensor=2"]
+    assert training_checks.helps(run, "tpu", most) == offers[:2]
 
 
 def test_settings_that_do_not_help_alone_are_offered_together(policies):
     run, device = policies["selective"], Device("tpu")
-    every = "--remat full --optimizer.name adamw8bit --batch-size 1 "
-    every += "--optimizer.accumulation 2"
+    every = "--remat full --optimizer.name adamw8bit --weights int8 --weights-in host "
+    every += "--batch-size 1 --optimizer.accumulation 2"
     most = training_memory.of(changed(run, every), device).peak.total
     offers = training_checks.helps(run, "tpu", most)
     assert [offer.partition(" (")[0] for offer in offers] == [every]
@@ -221,7 +225,22 @@ def test_a_base_in_8_bits_may_stay_so(tiny_model, tmp_path):
     base = eight_bits.write(tmp_path / "base.safetensors", scaled, said)
     run, device = outline((base,), batch_size=1), Device()
     most = training_memory.of(run, device).peak.total - 1
-    assert any("--fp8 keep" in x for x in training_checks.helps(run, "tpu", most))
+    said = training_checks.helps(run, "tpu", most)
+    assert any(line.startswith("--weights keep (") for line in said)
+    assert any(line.startswith("--weights-in host (") for line in said)
+
+
+@pytest.mark.parametrize("weights", ["upcast", "int8"])
+def test_of_weights_in_host_memory_a_step_needs_two_layers(tiny_model, weights):
+    device = Device("gpu")
+    run = outline(tiny_model, batch_size=1, weights=weights)
+    before, after = (
+        training_memory.of(changed(run, f"--weights-in {where}"), device)
+        for where in ("device", "host")
+    )
+    held = lambda plan: dict(plan.phases[1].resident)["transformer"]
+    assert before.host == 0 and after.host == held(before) - held(after) > 0
+    assert after.peak.total < before.peak.total
 
 
 def test_clips_sampled_on_the_way_count_beside_what_training_holds(
@@ -287,7 +306,9 @@ def test_built_in_shapes_are_those_of_published_files(
 ):
     path = sparse_files.write(tmp_path / "base.safetensors", file)
     _, own = training_outlines.built_in(generation, "bfloat16", choice)
-    settings = TrainConfig(path, tmp_path, tmp_path, generation=generation, fp8=choice)
+    settings = TrainConfig(
+        path, tmp_path, tmp_path, generation=generation, weights=choice
+    )
     nets, _ = networks.load(path, ())
     clips = training_outlines.assumed(Assume(), (), nets)
     read = training_outlines.of(settings, nets, clips).params

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from idlora_jax.config import BlindGradient
+from idlora_jax.model.chunked import chunked, plain
 from idlora_jax.model.layers import Dense, RMSNorm
 from idlora_jax.model.rope import Kind, Rope, rotate
 
 Backend = Literal["auto", "xla", "cudnn"]
-_SCORE_BYTES = 256 * 2**20  # larger score tensors are made a few queries at a time
 
 
 @functools.cache
@@ -37,8 +37,10 @@ def _ineligible(q: Array, bias: Array | None) -> str | None:
         return f"no CUDA device, the backend is {jax.default_backend()}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 or float16, got {q.dtype}"
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"cuDNN takes head widths of 8k <= 128, got {q.shape[-1]}"
+    capability = float(getattr(jax.devices()[0], "compute_capability", 0))
+    widest = 256 if capability >= 9 else 128
+    if q.shape[-1] % 8 or q.shape[-1] > widest:
+        return f"cuDNN takes head widths of 8k <= {widest} here, got {q.shape[-1]}"
     return None if bias is None else "an additive bias was given"
 
 
@@ -60,33 +62,6 @@ def choose(backend: Backend, q: Array, bias: Array | None) -> Literal["xla", "cu
     return "xla"
 
 
-def _xla(
-    q: Array, k: Array, v: Array, bias: Array | None, length: Array | None
-) -> Array:
-    """Plain attention; long sequences go a chunk of queries at a time."""
-    batch, rows, heads, _ = q.shape
-    call = functools.partial(
-        jax.nn.dot_product_attention, key_value_seq_lengths=length, implementation="xla"
-    )
-    per_row = 4 * batch * heads * k.shape[1]
-    if rows * per_row <= _SCORE_BYTES:
-        return call(q, k, v, bias=bias)
-    call = jax.checkpoint(call)  # a gradient makes the scores of a chunk again
-    chunk = max(1, _SCORE_BYTES // per_row)
-    pad = -rows % chunk
-    split = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    split = jnp.moveaxis(split.reshape(batch, -1, chunk, *q.shape[2:]), 1, 0)
-    if bias is None:
-        out = jax.lax.map(lambda part: call(part, k, v), split)
-    else:
-        b = jnp.pad(bias, ((0, 0), (0, 0), (0, pad), (0, 0)))
-        b = b.reshape(*bias.shape[:2], -1, chunk, bias.shape[-1])
-        parts = (split, jnp.moveaxis(b, 2, 0))
-        out = jax.lax.map(lambda p: call(p[0], k, v, bias=p[1]), parts)
-    out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, *q.shape[2:])
-    return out[:, :rows]
-
-
 def attend(
     q: Float[Array, "B T N K"],
     k: Float[Array, "B S N K"],
@@ -95,6 +70,7 @@ def attend(
     bias: Float[Array, "B T S"] | None = None,
     length: Int[Array, " B"] | None = None,
     backend: Backend = "auto",
+    chunks: bool = True,
 ) -> Float[Array, "B T N K"]:
     """softmax(q k^T / sqrt(K) + bias) v, softmax in float32.
 
@@ -105,10 +81,11 @@ def attend(
         bias: added to the scores, equal for all heads.
         length: valid keys per sample; keys from there on are not seen.
         backend: `auto` takes cuDNN where it is eligible, else XLA.
+        chunks: whether XLA makes large scores a part at a time (`chunked`).
     """
     bias4 = None if bias is None else bias[:, None].astype(q.dtype)
     if choose(backend, q, bias) == "xla":
-        return _xla(q, k, v, bias4, length)
+        return (chunked if chunks else plain)(q, k, v, bias4, length)
     call = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     if length is None:
         return call(q, k, v)
@@ -164,6 +141,13 @@ def _reordered(
     return k, v, bias
 
 
+class KeysValues(NamedTuple):
+    """What queries attend to: [B S N K] each, keys normalised and rotated."""
+
+    k: Any
+    v: Any
+
+
 class Attention(nn.Module):
     """Multi-head attention; q and k are normalised over the full inner width.
 
@@ -175,6 +159,7 @@ class Attention(nn.Module):
         rope: how pairs of channels are rotated.
         eps: of the norms.
         backend: see `attend`.
+        chunks: see `attend`.
 
     Source: ltx_core/model/transformer/attention.py: Attention.
     """
@@ -186,6 +171,7 @@ class Attention(nn.Module):
     rope: Kind = "split"
     eps: float = 1e-6
     backend: Backend = "auto"
+    chunks: bool = True
 
     def setup(self) -> None:
         """Create the projections, norms and the optional gate."""
@@ -200,55 +186,67 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:-1], self.heads, self.head_dim)
 
     def _finish(self, x: Array, attended: Array) -> Array:
+        # Before the gates, whose gradient reads it: it is not made again for them.
+        attended = checkpoint_name(attended, "attention")
         if self.gated:
             gates = 2.0 * jax.nn.sigmoid(self.gate(x))
             attended = attended * gates[..., None]
         merged = attended.reshape(*attended.shape[:-2], self.heads * self.head_dim)
-        merged = checkpoint_name(merged, "attention")
         return self.out(merged)
 
     def values_only(self, x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
         """Self-attention that is skipped but passes its values through."""
         return self._finish(x, self._heads(self.v(x)))
 
+    def keys_values(
+        self, context: Float[Array, "B S E"], rope: Rope | None = None
+    ) -> KeysValues:
+        """What others attend to in `context`; `rope` rotates the keys."""
+        k = self.k_norm(self.k(context))
+        if rope is not None:
+            k = rotate(k, rope, self.rope)
+        return KeysValues(self._heads(k), self._heads(self.v(context)))
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        context: Float[Array, "B S E"] | None = None,
+        seen: KeysValues | None = None,
         *,
         rope: Rope | None = None,
-        context_rope: Rope | None = None,
         bias: Float[Array, "B T S"] | None = None,
         length: Int[Array, " B"] | None = None,
         order: Int[Array, "B S"] | None = None,
         blind_from: int | None = None,
         blind_gradient: BlindGradient = "softmax",
+        passes: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B T O"]:
-        """Attend from `x` to `context` (default: `x` itself).
+        """Attend from `x` to what is `seen` (default: `x` itself).
 
         Args:
             x: query side.
-            context: key and value side.
-            rope: rotates the queries (and the keys, without `context_rope`).
-            context_rope: rotates the keys.
+            seen: from `keys_values`.
+            rope: rotates the queries (and the keys of `x` itself).
             bias: additive scores bias.
             length: valid keys per sample.
             order: keys per sample with the valid ones first, where they lie otherwise.
             blind_from: query rows from here on get the mean of the values.
             blind_gradient: see `blind`.
+            passes: samples that get their own values instead, as of `values_only`.
         """
-        context = x if context is None else context
-        q, k = self.q_norm(self.q(x)), self.k_norm(self.k(context))
+        k, v = self.keys_values(x, rope) if seen is None else seen
+        own, q = v, self.q_norm(self.q(x))
         if rope is not None:
             q = rotate(q, rope, self.rope)
-            k = rotate(k, rope if context_rope is None else context_rope, self.rope)
-        q, k, v = self._heads(q), self._heads(k), self._heads(self.v(context))
+        q = self._heads(q)
         if order is not None:
             k, v, bias = _reordered(order, k, v, bias)
         sees = slice(blind_from)
         bias = None if bias is None else bias[:, sees]
-        out = attend(q[:, sees], k, v, bias=bias, length=length, backend=self.backend)
+        how = {"backend": self.backend, "chunks": self.chunks}
+        out = attend(q[:, sees], k, v, bias=bias, length=length, **how)
         if blind_from is not None:
             mean = blind(q[:, blind_from:], k, v, blind_gradient)
             out = jnp.concatenate([out, mean], axis=1)
+        if passes is not None:
+            out = jnp.where(passes[:, None, None, None], own, out)
         return self._finish(x, out)

@@ -9,7 +9,8 @@ Each modality's residual stream x passes, with m = AdaLN values of its tokens,
 
 where y is the other modality before either cross attention. Video and audio share this
 one body; only widths differ. A timestep is 0 or sigma, so AdaLN runs on these two and
-each token picks its row.
+each token picks its row. What a layer attends to of a prompt is given to it, since
+several passes share it.
 
 Source: ltx_core/model/transformer/transformer.py: BasicAVTransformerBlock.
 """
@@ -24,24 +25,25 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from idlora_jax.config import ModalityConfig, TransformerConfig
-from idlora_jax.model.attention import Attention, Backend
+from idlora_jax.model.attention import Attention, Backend, KeysValues
 from idlora_jax.model.layers import FeedForward, rms_norm
 from idlora_jax.model.rope import Rope
-from idlora_jax.types import AV, Bias, Skip
+from idlora_jax.types import AV, BOTH, Bias, Skip, each
 
 
 class Modality(NamedTuple):
     """What one modality's layers are conditioned on, equal in all layers.
 
     Attributes:
-        ada: [B M k D], AdaLN values at timesteps (0, sigma): M = 2.
-        cross_ada: [B M 4 D], M = 2 (own timesteps) or 1 (the other's sigma).
+        ada: [B M k D], AdaLN values at timesteps (0, sigma): M = 2; or of each token.
+        cross_ada: [B M 4 D], as `ada`, or M = 1 (the other's sigma).
         cross_gate: [B M 1 D].
         prompt_ada: [B 1 2 D] or None.
-        denoise: [B T] bool, which of the two timesteps a token has.
+        denoise: [B T] bool, which of the two timesteps a token has; None where values
+            are of each token.
         rope: tables of the self-attention.
         cross_rope: tables of the cross-modal attention (time only).
-        text: [B S E] projected text.
+        text: `KeysValues` of the prompt in this layer, [B S N K] each.
         text_bias: [B T S] additive bias or None.
         length: [B] valid keys or None.
         targets: [B] valid target tokens, where these are padded.
@@ -52,14 +54,19 @@ class Modality(NamedTuple):
     cross_ada: Array | None
     cross_gate: Array | None
     prompt_ada: Array | None
-    denoise: Array
+    denoise: Array | None
     rope: Rope
     cross_rope: Rope | None
-    text: Array | None
+    text: KeysValues | None
     text_bias: Array | None
     length: Array | None
     targets: Array | None = None
     order: Array | None = None
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.rope.cos.shape[1]
 
     @property
     def valid(self) -> dict[str, Any]:
@@ -72,7 +79,7 @@ class Work(NamedTuple):
 
     `targets` counts the target tokens of (video, audio): audio keys behind it are
     hidden from video where `video_sees_ref` is False, and text from reference rows
-    where `ref_sees_text` is False.
+    where `ref_sees_text` is False. Nothing but `reads` is read of the result.
     """
 
     skip: Skip
@@ -80,17 +87,39 @@ class Work(NamedTuple):
     video_sees_ref: bool
     ref_sees_text: bool
     frozen: frozenset[str]
+    reads: frozenset[str] = BOTH
+
+    def updates(self, name: str) -> bool:
+        """Whether a modality's states change in this layer, and are read of it."""
+        return name in self.reads and name not in self.frozen
 
 
-def pick(table: Array, values: Array, denoise: Array) -> tuple[Array, ...]:
+class Off(NamedTuple):
+    """What samples leave out though it is computed, [B] bool each (None: of none).
+
+    Fields are those of `Skip`.
+    """
+
+    video_self: Array | None = None
+    audio_self: Array | None = None
+    a2v: Array | None = None
+    v2a: Array | None = None
+
+
+def pick(table: Array, values: Array, denoise: Array | None) -> tuple[Array, ...]:
     """Rows of `table` [k D] plus `values` [B M k D], chosen per token: k of [B T D]."""
     rows = table.astype(values.dtype)[None, None] + values
-    if rows.shape[1] == 1:
+    if denoise is None or rows.shape[1] == 1:
         return tuple(rows[:, :, n] for n in range(rows.shape[2]))
     which = denoise[..., None]
     return tuple(
         jnp.where(which, rows[:, 1:, n], rows[:, :1, n]) for n in range(rows.shape[2])
     )
+
+
+def keep(x: Array, new: Array, off: Array | None) -> Array:
+    """`new`, but `x` in the samples that are `off` [B]."""
+    return new if off is None else jnp.where(off[:, None, None], x, new)
 
 
 def modulate(x: Array, scale: Array, shift: Array, eps: float) -> Array:
@@ -106,12 +135,14 @@ class Half(nn.Module):
         own: this modality.
         other: the other one (width of the cross-attention's context).
         backend: see `attention.attend`.
+        chunks: see `attention.attend`.
     """
 
     cfg: TransformerConfig
     own: ModalityConfig
     other: ModalityConfig
     backend: Backend = "auto"
+    chunks: bool = True
 
     def setup(self) -> None:
         """Create the attentions, the feed-forward and the AdaLN tables."""
@@ -121,6 +152,7 @@ class Half(nn.Module):
             "rope": cfg.rope,
             "eps": cfg.norm_eps,
             "backend": self.backend,
+            "chunks": self.chunks,
             "out_width": own.width,
         }
         self.self_attn = Attention(own.heads, own.head_dim, **shared)
@@ -136,17 +168,22 @@ class Half(nn.Module):
             self.prompt_table = self.param("prompt_table", init, (2, own.width))
 
     def attend_self(
-        self, x: Array, m: Modality, skip: bool, bias: Array | None
+        self, x: Array, m: Modality, skip: bool, bias: Array | None, off: Array | None
     ) -> Array:
-        """Add self-attention; a skipped one is dropped (2.0) or passes values (2.3)."""
-        if skip and self.cfg.skipped_self_attention == "drop":
+        """Add self-attention; a skipped one is dropped (2.0) or passes values (2.3).
+
+        Where `skip` is not known for all samples, `off` [B] says it of each.
+        """
+        drops = self.cfg.skipped_self_attention == "drop"
+        if skip and drops:
             return x
         shift, scale, gate = pick(self.table[:3], m.ada[:, :, :3], m.denoise)
         h = modulate(x, scale, shift, self.cfg.norm_eps)
         if skip:
             return x + self.self_attn.values_only(h) * gate
-        attended = self.self_attn(h, rope=m.rope, bias=bias, **m.valid)
-        return x + attended * gate
+        passes = None if drops else off
+        seen = self.self_attn(h, rope=m.rope, bias=bias, passes=passes, **m.valid)
+        return keep(x, x + seen * gate, off if drops else None)
 
     def attend_text(self, x: Array, m: Modality, blind_from: int | None) -> Array:
         """Add attention to the prompt."""
@@ -155,14 +192,23 @@ class Half(nn.Module):
             "blind_from": blind_from,
             "blind_gradient": self.cfg.blind_gradient,
         }
+        assert m.text is not None
         if not self.cfg.text_adaln:
             return x + self.text_attn(rms_norm(x, self.cfg.norm_eps), m.text, **kwargs)
         shift, scale, gate = pick(self.table[6:9], m.ada[:, :, 6:9], m.denoise)
         h = modulate(x, scale, shift, self.cfg.norm_eps)
-        assert m.prompt_ada is not None and m.text is not None
-        text_shift, text_scale = pick(self.prompt_table, m.prompt_ada, m.denoise)
-        text = m.text * (1 + text_scale) + text_shift
-        return x + self.text_attn(h, text, **kwargs) * gate
+        return x + self.text_attn(h, m.text, **kwargs) * gate
+
+    def text_keys_values(self, text: Array, prompt_ada: Array | None) -> KeysValues:
+        """What this layer attends to of a projected prompt [B S E].
+
+        In 2.3 text is modulated by the noise level, with `prompt_ada` [B 1 2 D].
+        """
+        if self.cfg.text_adaln:
+            assert prompt_ada is not None
+            shift, scale = pick(self.prompt_table, prompt_ada, None)
+            text = text * (1 + scale) + shift
+        return self.text_attn.keys_values(text)
 
     def cross_side(self, h: Array, m: Modality, reads_audio: bool) -> Array:
         """Modulate normalised states `h` for audio-to-video or video-to-audio."""
@@ -183,9 +229,8 @@ class Half(nn.Module):
         """What attention to the other modality adds."""
         assert m.cross_gate is not None
         (gate,) = pick(self.cross_table[4:], m.cross_gate, m.denoise)
-        out = self.cross_attn(
-            q, kv, rope=m.cross_rope, context_rope=rope, bias=bias, **valid
-        )
+        seen = self.cross_attn.keys_values(kv, rope)
+        out = self.cross_attn(q, seen, rope=m.cross_rope, bias=bias, **valid)
         return out * gate
 
     def feed_forward(self, x: Array, m: Modality) -> Array:
@@ -200,44 +245,66 @@ class AVBlock(nn.Module):
     Attributes:
         cfg: the transformer.
         backend: see `attention.attend`.
+        chunks: see `attention.attend`.
     """
 
     cfg: TransformerConfig
     backend: Backend = "auto"
+    chunks: bool = True
 
     def setup(self) -> None:
         """Create the two halves."""
         video, audio = self.cfg.video, self.cfg.audio
-        self.video = Half(self.cfg, video, audio, self.backend)
-        self.audio = Half(self.cfg, audio, video, self.backend)
+        self.video = Half(self.cfg, video, audio, self.backend, self.chunks)
+        self.audio = Half(self.cfg, audio, video, self.backend, self.chunks)
 
-    def _cross(self, x: AV, cond: AV, work: Work, bias: Bias) -> AV:
-        """Audio-to-video and video-to-audio attention, both from the old states."""
+    def text_keys_values(self, text: AV, prompt_ada: AV) -> AV:
+        """`KeysValues` of a projected prompt in this layer, of each modality."""
         halves = AV(self.video, self.audio)
+        return each(
+            lambda t, h, ada: h.text_keys_values(t, ada), text, halves, prompt_ada
+        )
+
+    def _crosses(self, x: AV, work: Work) -> AV:
+        """Whether each modality takes something from the other."""
+        both = x.video is not None and x.audio is not None
+        skips = AV(work.skip.a2v, work.skip.v2a)
+        return AV(
+            *(
+                both and work.updates(name) and not skip
+                for name, skip in skips._asdict().items()
+            )
+        )
+
+    def _cross(self, x: AV, cond: AV, work: Work, bias: Bias, off: Off) -> AV:
+        """Audio-to-video and video-to-audio attention, both from the old states."""
+        halves, takes = AV(self.video, self.audio), self._crosses(x, work)
+        if not any(takes):
+            return x
         normed = AV(*(rms_norm(h, self.cfg.norm_eps) for h in x))
-        to_video = "video" not in work.frozen and not work.skip.a2v
-        to_audio = "audio" not in work.frozen and not work.skip.v2a
         video, audio = x
-        if to_video:
+        if takes.video:
             keys = slice(None if work.video_sees_ref else work.targets.audio)
             alone = {"length": cond.audio.targets}
             valid = cond.audio.valid if work.video_sees_ref else alone
             q = halves.video.cross_side(normed.video, cond.video, True)
             kv = halves.audio.cross_side(normed.audio, cond.audio, True)
             rope, a2v = cond.audio.cross_rope.of(keys), bias.a2v
-            video = video + halves.video.cross_update(
+            update = halves.video.cross_update(
                 q, kv[:, keys], cond.video, rope, a2v, valid
             )
-        if to_audio:
+            video = keep(video, video + update, off.a2v)
+        if takes.audio:
             q = halves.audio.cross_side(normed.audio, cond.audio, False)
             kv = halves.video.cross_side(normed.video, cond.video, False)
             rope, valid = cond.video.cross_rope, cond.video.valid
-            audio = audio + halves.audio.cross_update(
-                q, kv, cond.audio, rope, bias.v2a, valid
-            )
+            update = halves.audio.cross_update(q, kv, cond.audio, rope, bias.v2a, valid)
+            audio = keep(audio, audio + update, off.v2a)
         return AV(video, audio)
 
-    def __call__(self, x: AV, cond: AV, work: Work, bias: Bias) -> AV:
+    def __call__(
+        self, x: AV, cond: AV, work: Work, bias: Bias, off: Off | None = None
+    ) -> AV:
         """Run the layer.
 
         Args:
@@ -245,18 +312,30 @@ class AVBlock(nn.Module):
             cond: `Modality` each.
             work: what to do (static).
             bias: additive attention biases.
+            off: what samples leave out of it.
         """
+        off = off or Off()
         new: dict[str, Array | None] = x._asdict()
-        active = [n for n in AV._fields if new[n] is not None and n not in work.frozen]
-        for name in active:
-            half, m = getattr(self, name), getattr(cond, name)
-            skip = getattr(work.skip, f"{name}_self")
-            h = half.attend_self(new[name], m, skip, getattr(bias, f"{name}_self"))
+        present = [n for n in AV._fields if new[n] is not None]
+        takes = self._crosses(x, work)
+        read = AV(takes.audio, takes.video)
+        for name in present:
+            dead = name not in work.reads and not getattr(read, name)
+            if dead or name in work.frozen:
+                continue
+            half, m, own = getattr(self, name), getattr(cond, name), f"{name}_self"
+            skip, without = getattr(work.skip, own), getattr(off, own)
+            h = half.attend_self(new[name], m, skip, getattr(bias, own), without)
             hides = name == "audio" and not work.ref_sees_text
             new[name] = half.attend_text(h, m, work.targets.audio if hides else None)
-        if x.video is not None and x.audio is not None:
-            new = self._cross(AV(**new), cond, work, bias)._asdict()
-        for name in active:
+        new = self._cross(AV(**new), cond, work, bias, off)._asdict()
+        for name in filter(work.updates, present):
             half, m = getattr(self, name), getattr(cond, name)
             new[name] = half.feed_forward(new[name], m)
         return AV(**new)
+
+    def touch(self, x: AV, text: AV, cond: AV, work: Work) -> AV:
+        """Use every parameter once (used by `init` only)."""
+        seen = self.text_keys_values(text, each(lambda m: m.prompt_ada, cond))
+        cond = each(lambda m, t: m._replace(text=t), cond, seen)
+        return self(x, cond, work, Bias())

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from idlora_jax.config import ModalityConfig, TransformerConfig
 from idlora_jax.model.block import pick
@@ -110,14 +110,20 @@ class Ends(nn.Module):
         other_sigma: Float[Array, " B"] | None,
         freqs: Float[Array, " J"],
         dtype: jnp.dtype,
+        denoise: Bool[Array, "B T"] | None = None,
     ) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
         """AdaLN rows (ada, embedded, prompt_ada, cross_ada, cross_gate).
 
-        Rows are made at the two timesteps (0, sigma); the prompt's at sigma; those of
-        the cross attention at (0, sigma) in 2.0 and at the other's sigma in 2.3.
+        Rows are made at the two timesteps (0, sigma), or given `denoise` at that of
+        each token; the prompt's at sigma; those of the cross attention likewise in 2.0
+        and at the other's sigma in 2.3.
         """
         cfg = self.cfg
-        own = jnp.stack([jnp.zeros_like(sigma), sigma], axis=1) * cfg.timestep_scale
+        if denoise is None:
+            own = jnp.stack([jnp.zeros_like(sigma), sigma], axis=1)
+        else:
+            own = jnp.where(denoise, sigma[:, None], jnp.zeros_like(sigma)[:, None])
+        own = own * cfg.timestep_scale
         ada, embedded = self.ada(own, freqs, dtype)
         prompt_ada = None
         if cfg.text_adaln:
@@ -134,7 +140,7 @@ class Ends(nn.Module):
         return ada, embedded, prompt_ada, cross_ada, cross_gate
 
     def velocity(
-        self, x: Float[Array, "B T D"], embedded: Array, denoise: Array
+        self, x: Float[Array, "B T D"], embedded: Array, denoise: Array | None
     ) -> Float[Array, "B T C"]:
         """States to velocities."""
         values = jnp.stack([embedded, embedded], axis=2)

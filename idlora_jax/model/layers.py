@@ -9,6 +9,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, UInt
 
+from idlora_jax import quantized
+
 
 def along_last(v: Array | np.ndarray, x: Float[Array, "... D"]) -> Array:
     """A vector over the last axis of `x`, in its rank and dtype."""
@@ -26,7 +28,8 @@ def dropped(
 class Dense(nn.Module):
     """`x @ kernel + bias`, plus `(x @ a) @ b` where the `lora` collection has the path.
 
-    The computation runs in the dtype of `x`; parameters are cast to it at use.
+    The computation runs in the dtype of `x`; parameters are cast to it at use. A kernel
+    may be one layer in int8 (`quantized.Int8`).
     """
 
     features: int
@@ -37,7 +40,7 @@ class Dense(nn.Module):
         """Map the last axis from I to `features`."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        y = x @ kernel.astype(x.dtype)
+        y = quantized.product(x, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + along_last(bias, y)

@@ -1,17 +1,22 @@
 """Which layers serve which branches: the static plan behind one sweep of the weights.
 
 Layers are cut into spans in which the set of distinct branches, and what each of them
-skips, is constant. Branches that did the same so far are one group and are computed
+computes, is constant. Branches that did the same so far are one group and are computed
 once, so a branch that first differs at layer 29 shares layers 0..28. Groups that do the
-same kind of work inside a span run through one compiled body.
+same kind of work inside a span run through one compiled body. What a branch skips in a
+single layer is computed there and left out of the sum: of a pass through 48 layers it
+is a thousandth or two, and another body would have to be compiled for it. The last
+layer makes only what is read of a branch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from idlora_jax.types import Branch, Skip
+from idlora_jax.savings import Saving
+from idlora_jax.types import BOTH, Branch, Skip
 
 Mode = Literal["sweep", "pair", "batch"]
 
@@ -22,7 +27,7 @@ class Kind:
 
     Attributes:
         branch: one of them (its static facts hold for all; not its prompt).
-        skip: what its layers leave out.
+        skip: what its layers do not compute.
         groups: the first branch index of each group.
     """
 
@@ -64,11 +69,28 @@ def checked(
             facts = {"use_ref": True, "video_sees_ref": True, "ref_sees_text": True}
             branch = replace(branch, **facts)
         out.append(branch)
-    return tuple(out)
+    # Branches that differ in what is read of them alone are one pass.
+    reads: dict[Branch, frozenset[str]] = {}
+    for branch in out:
+        same = replace(branch, reads=BOTH)
+        reads[same] = reads.get(same, frozenset()) | branch.reads
+    return tuple(replace(b, reads=reads[replace(b, reads=BOTH)]) for b in out)
+
+
+def _not_computed(branch: Branch, layer: int, without: Collection[Saving]) -> Skip:
+    """What a branch skips in more than one layer."""
+    if "skip" in without:
+        return Skip()
+    often = Skip(*(sum(column) > 1 for column in zip(*branch.skip, strict=True)))
+    return Skip(*(a and b for a, b in zip(branch.skip[layer], often, strict=True)))
 
 
 def _kinds(
-    branches: tuple[Branch, ...], firsts: list[int], layer: int, mode: Mode
+    branches: tuple[Branch, ...],
+    firsts: list[int],
+    layer: int,
+    mode: Mode,
+    without: Collection[Saving],
 ) -> tuple[Kind, ...]:
     found: dict[tuple[Branch, Skip], list[int]] = {}
     for first in firsts:
@@ -77,19 +99,35 @@ def _kinds(
         # kind of its own.
         use_ref = branch.use_ref or mode != "sweep"
         facts = replace(branch, prompt=0, skip=(), use_ref=use_ref)
-        found.setdefault((facts, branch.skip[layer]), []).append(first)
+        skip = _not_computed(branch, layer, without)
+        found.setdefault((facts, skip), []).append(first)
     return tuple(Kind(b, skip, tuple(groups)) for (b, skip), groups in found.items())
 
 
 def spans(
-    branches: tuple[Branch, ...], depth: int, mode: Mode = "sweep"
+    branches: tuple[Branch, ...],
+    depth: int,
+    mode: Mode = "sweep",
+    without: Collection[Saving] = (),
 ) -> tuple[Span, ...]:
-    """Cut `depth` layers into spans for branches made by `checked`."""
+    """Cut `depth` layers into spans for branches made by `checked`.
+
+    Args:
+        branches: from `checked`.
+        depth: L.
+        mode: see `transformer.apply`.
+        without: savings that are switched off.
+    """
     out: list[Span] = []
     for layer in range(depth):
-        history = [replace(b, skip=b.skip[: layer + 1]) for b in branches]
+        here = branches
+        if layer < depth - 1 or "dead_tail" in without:
+            here = tuple(replace(b, reads=BOTH) for b in branches)
+        history = [replace(b, skip=b.skip[: layer + 1]) for b in here]
         source = tuple(history.index(h) for h in history)
-        kinds = _kinds(branches, sorted(set(source)), layer, mode)
+        if "prefix" in without:
+            source = tuple(range(len(branches)))
+        kinds = _kinds(here, sorted(set(source)), layer, mode, without)
         if out and (out[-1].kinds, out[-1].source) == (kinds, source):
             out[-1] = replace(out[-1], stop=layer + 1)
         else:

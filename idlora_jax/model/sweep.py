@@ -7,6 +7,7 @@ would copy it, and so would saving the slices for the backward pass).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -17,11 +18,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from idlora_jax import parallel, quantized
-from idlora_jax.config import TransformerConfig
-from idlora_jax.model.block import AVBlock, Modality, Work
-from idlora_jax.model.spans import Kind, Mode, Span, spans
-from idlora_jax.types import AV, Bias, Branch, Prompt, Tree, each
+from idlora_jax import hosted, parallel, quantized
+from idlora_jax.model.attention import KeysValues
+from idlora_jax.model.block import AVBlock, Modality, Off, Work
+from idlora_jax.model.conditions import (
+    Call,
+    Inputs,
+    Rows,
+    in_layer,
+    keys_values,
+    masks,
+    of_kind,
+    texts,
+)
+from idlora_jax.model.spans import Kind, Span, spans
+from idlora_jax.types import AV, Prompt, Tree, each
 
 Remat = Literal["none", "selective", "full"]
 _POLICIES = jax.checkpoint_policies
@@ -48,155 +59,25 @@ POLICIES = {
 }
 
 
-class Call(NamedTuple):
-    """What the layers of one forward pass share.
-
-    Attributes:
-        cfg: the transformer.
-        block: one layer.
-        variables: collections with stacked "blocks".
-        cond: `AV[Modality]` without text.
-        prompts: projected prompts.
-        branches: from `spans.checked`.
-        targets: numbers of target tokens.
-        bias: additive biases.
-        mode: how branches are grouped.
-        mesh: that the rows are divided over, or None.
-    """
-
-    cfg: TransformerConfig
-    block: AVBlock
-    variables: Mapping[str, Tree]
-    cond: AV
-    prompts: tuple[Prompt, ...]
-    branches: tuple[Branch, ...]
-    targets: AV
-    bias: Bias
-    mode: Mode
-    mesh: Mesh | None = None
-
-
-class Rows(NamedTuple):
-    """What differs between groups of one kind, stacked [g B ...]: AV each."""
-
-    text: AV
-    text_bias: AV
-    length: AV
-
-
-class Inputs(NamedTuple):
-    """Conditions and biases of a kind, and the `Rows` of its groups."""
-
-    cond: AV
-    bias: Bias
-    rows: Rows
-
-
-def _first(m: Modality, n: int) -> Modality:
-    """The conditions of the first n tokens."""
-    rows = slice(n)
-    return m._replace(
-        denoise=m.denoise[:, rows],
-        rope=m.rope.of(rows),
-        cross_rope=None if m.cross_rope is None else m.cross_rope.of(rows),
-        length=None,
-    )
-
-
-def _first_bias(bias: Bias, n: AV) -> Bias:
-    """The biases between the first n tokens of each modality."""
-    v, a, every = slice(n.video), slice(n.audio), slice(None)
-    cuts = Bias((v, v), (a, a), (v, every), (a, every), (v, a), (a, v))
-    pairs = zip(bias, cuts, strict=True)
-    return Bias(*(None if b is None else b[:, r, c] for b, (r, c) in pairs))
-
-
-def _text_bias(prompt: Prompt, tokens: int, given: Array | None) -> Array | None:
-    """[B T S]: the given bias, or that of the prompt's padding."""
-    if given is not None or prompt.mask is None:
-        return given
-    floor = jnp.finfo(jnp.float32).min
-    row = jnp.where(prompt.mask, 0.0, floor)[:, None]
-    return jnp.broadcast_to(row, (row.shape[0], tokens, row.shape[2]))
-
-
-def _ordered(m: Modality, targets: int) -> Modality:
-    """With the order of keys in which padding of the targets comes last."""
-    tokens = m.denoise.shape[1]
-    if m.targets is None or tokens == targets:
-        return m
-    at, valid, refs = jnp.arange(tokens)[None], m.targets[:, None], tokens - targets
-    behind = jnp.where(at < valid + refs, at + targets - valid, at - refs)
-    return m._replace(order=jnp.where(at < valid, at, behind))
-
-
-def _lengths(m: Modality, targets: int, uses: list[bool]) -> Array | None:
-    """[g B] valid keys of groups of one kind, which may differ in using the reference;
-    padding of the targets lies behind them (`_ordered`)."""
-    batch, tokens = m.denoise.shape
-    full = m.length
-    if m.targets is not None:
-        full = m.targets + ((tokens if full is None else full) - targets)
-    if all(uses):
-        return None if full is None else jnp.stack([full] * len(uses))
-    full = jnp.full(batch, tokens) if full is None else full
-    alone = jnp.full(batch, targets) if m.targets is None else m.targets
-    return jnp.stack([full if use else alone for use in uses])
-
-
-def _stacked(arrays: list[Array | None]) -> Array | None:
-    return None if any(a is None for a in arrays) else jnp.stack(arrays)  # pyright: ignore
-
-
-def _with_masks(prompts: list[Prompt]) -> list[Prompt]:
-    """Where one prompt has a mask, all get one."""
-    if all(p.mask is None for p in prompts):
-        return prompts
-    full = [
-        jnp.ones((p.video if p.audio is None else p.audio).shape[:2], bool)
-        for p in prompts
-    ]
-    return [
-        p._replace(mask=f) if p.mask is None else p
-        for p, f in zip(prompts, full, strict=True)
-    ]
-
-
-def _inputs(call: Call, kind: Kind) -> Inputs:
-    cond, bias = call.cond, call.bias
-    if not kind.branch.use_ref:
-        cond, bias = each(_first, cond, call.targets), _first_bias(bias, call.targets)
-    cond = each(_ordered, cond, call.targets)
-    prompts = _with_masks([call.prompts[call.branches[g].prompt] for g in kind.groups])
-    uses = [call.branches[g].use_ref or not kind.branch.use_ref for g in kind.groups]
-
-    def rows(m: Modality, name: str, targets: int) -> tuple[Array | None, ...]:
-        given, tokens = getattr(bias, f"{name}_text"), m.denoise.shape[1]
-        texts = jnp.stack([getattr(p, name) for p in prompts])
-        biases = _stacked([_text_bias(p, tokens, given) for p in prompts])
-        return texts, biases, _lengths(m, targets, uses)
-
-    made = each(rows, cond, AV("video", "audio"), call.targets)
-    return Inputs(
-        cond, bias, Rows(*(each(lambda r, n=n: r[n], made) for n in range(3)))
-    )
-
-
 def _one(
     call: Call, kind: Kind, layer: Mapping[str, Tree], inputs: Inputs, x: AV, rows: Rows
 ) -> AV:
     """One layer on states [B T D] with rows [B ...]."""
     branch = kind.branch
     sees = (branch.video_sees_ref, branch.ref_sees_text, branch.frozen)
-    work = Work(kind.skip, call.targets, *sees)
+    work = Work(kind.skip, call.targets, *sees, branch.reads)
+    text = rows.text
+    if "text_kv" in call.without:
+        text = keys_values(call.block, layer, text, inputs.cond)
 
     def with_rows(
-        m: Modality, text: Array, bias: Array | None, length: Array | None
+        m: Modality, text: KeysValues, bias: Array | None, length: Array | None
     ) -> Modality:
         return m._replace(text=text, text_bias=bias, length=length)
 
-    cond = each(with_rows, inputs.cond, *rows)
-    return call.block.apply(layer, x, cond, work, inputs.bias)  # pyright: ignore
+    cond = each(with_rows, inputs.cond, text, rows.text_bias, rows.length)
+    args = (layer, x, cond, work, inputs.bias, rows.off)
+    return call.block.apply(*args)  # pyright: ignore
 
 
 def _side_by_side(
@@ -270,6 +151,59 @@ def _divided(call: Call, states: Any) -> Any:
     return jax.tree.map(put, states)
 
 
+class _Own(NamedTuple):
+    """What is one layer's: its number, what it leaves out, weights given as data."""
+
+    index: Array
+    off: list[Off]
+    data: dict[str, Tree]
+
+
+def _layer(
+    call: Call,
+    span: Span,
+    layer: Mapping[str, Tree],
+    own: _Own,
+    inputs: list[Inputs],
+    states: tuple[AV, ...],
+) -> tuple[AV, ...]:
+    """One layer of a span, given its weights, on the states of each kind."""
+    layer = _named({**layer, **own.data})
+    read = texts(call, span, layer, own.index)
+    done = []
+    for kind, given, off, state in zip(
+        span.kinds, inputs, own.off, states, strict=True
+    ):
+        given = in_layer(call, kind, given, read, off)
+        done.append(_run_kind(call, kind, layer, given, state))
+    return _divided(call, tuple(done))
+
+
+def _streamed(
+    call: Call,
+    span: Span,
+    states: tuple[AV, ...],
+    blocks: Mapping[str, Tree],
+    own: _Own,
+    inputs: list[Inputs],
+) -> tuple[AV, ...]:
+    """The span's layers, their weights fetched from host memory one ahead."""
+    stacks = {c: t for c, t in blocks.items() if hosted.any_in(t)}
+    rest = {c: t for c, t in blocks.items() if c not in stacks}
+    rest = jax.tree.map(lambda stack: stack[span.start : span.stop], rest)
+    static = call._replace(variables={})
+    traced = call.cond, call.prompts, call.text_kv
+
+    def step(weights: Any, states: Any, own: _Own, shared: Any) -> tuple[AV, ...]:
+        inputs, (cond, prompts, text_kv) = shared
+        given = static._replace(cond=cond, prompts=prompts, text_kv=text_kv)
+        return _layer(given, span, weights, own, inputs, states)
+
+    own, shared = own._replace(data=rest), (inputs, traced)
+    layers = range(span.start, span.stop)
+    return hosted.scan(step, _layer_of, states, own, shared, stacks, layers)
+
+
 def _run_span(
     call: Call,
     span: Span,
@@ -278,25 +212,46 @@ def _run_span(
     scanned: tuple[str, ...],
 ) -> tuple[AV, ...]:
     """Scan the span's layers over the kinds' stacked states."""
-    inputs = [_inputs(call, kind) for kind in span.kinds]
+    inputs = [of_kind(call, kind) for kind in span.kinds]
+    off = [masks(call, span, kind) for kind in span.kinds]
     blocks = {c: t["blocks"] for c, t in call.variables.items() if "blocks" in t}
     # A slice of a stack would be a copy, so only a whole stack is scanned as data.
     whole = span.stop - span.start == call.cfg.layers
     data = {c: t for c, t in blocks.items() if whole and c in scanned}
     rest = {c: t for c, t in blocks.items() if c not in data}
+    states = _divided(call, states)
+    own = _Own(jnp.arange(span.start, span.stop), off, data)
+    if hosted.any_in(blocks):
+        return _streamed(call, span, states, blocks, own, inputs)
 
-    def body(
-        carry: tuple[AV, ...], at: tuple[Array, dict[str, Tree]]
-    ) -> tuple[tuple[AV, ...], None]:
-        index, own = at
-        layer = _named({**_layer_of(rest, index), **own})
-        zipped = zip(span.kinds, inputs, carry, strict=True)
-        done = tuple(_run_kind(call, k, layer, i, s) for k, i, s in zipped)
-        return _divided(call, done), None
+    def body(carry: tuple[AV, ...], own: _Own) -> tuple[tuple[AV, ...], None]:
+        layer = _layer_of(rest, own.index)
+        return _layer(call, span, layer, own, inputs, carry), None
 
     body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False)
-    layers = jnp.arange(span.start, span.stop)
-    return jax.lax.scan(body, _divided(call, states), (layers, data))[0]
+    return jax.lax.scan(body, states, own)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def text_keys_values(
+    block: AVBlock, variables: Mapping[str, Tree], prompts: tuple[Prompt, ...]
+) -> tuple[AV, ...]:
+    """What all layers attend to of projected prompts: `KeysValues` of [L B S N K].
+
+    Args:
+        block: one layer, whose text is not modulated by the noise level.
+        variables: collections with stacked "blocks".
+        prompts: from `transformer.prepare`.
+    """
+    blocks = {c: t["blocks"] for c, t in variables.items() if "blocks" in t}
+    texts = [AV(prompt.video, prompt.audio) for prompt in prompts]
+
+    def body(carry: None, index: Array) -> tuple[None, tuple[AV, ...]]:
+        layer = _layer_of(blocks, index)
+        made = (keys_values(block, layer, text, AV(None, None)) for text in texts)
+        return carry, tuple(made)
+
+    return jax.lax.scan(body, None, jnp.arange(block.cfg.layers))[1]
 
 
 def run_layers(call: Call, x: AV, remat: Remat, scanned: tuple[str, ...]) -> list[AV]:
@@ -309,15 +264,21 @@ def run_layers(call: Call, x: AV, remat: Remat, scanned: tuple[str, ...]) -> lis
         scanned: collections given to a single span's scan as data.
 
     Raises:
-        ValueError: if one of these has layers kept in 8 bits, which cannot be scanned.
+        ValueError: if one of these has layers kept in 8 bits, which cannot be scanned;
+            or for weights in host memory with another policy than "full".
     """
     if any(quantized.any_in(call.variables.get(name, {})) for name in scanned):
         raise ValueError(
             f"transformer: got weights kept in 8 bits among {scanned}, expected them "
-            "up-cast; read the base with fp8='upcast' to train it"
+            "up-cast; read the base with weights='upcast' to train it"
+        )
+    if remat != "full" and hosted.any_in(call.variables):
+        raise ValueError(
+            f"transformer: got remat {remat!r} with weights in host memory, expected "
+            "'full': the backward pass fetches and computes each layer again"
         )
     per_branch = [x] * len(call.branches)
-    for span in spans(call.branches, call.cfg.layers, call.mode):
+    for span in spans(call.branches, call.cfg.layers, call.mode, call.without):
         span = _filled(call, span)
         states = []
         for kind in span.kinds:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,55 +27,34 @@ from idlora_jax.config import TransformerConfig
 from idlora_jax.model import rope
 from idlora_jax.model.attention import Backend
 from idlora_jax.model.block import AVBlock, Modality, Work
+from idlora_jax.model.conditions import Call, first_tokens
 from idlora_jax.model.ends import Ends, timestep_frequencies
+from idlora_jax.model.prepared import (
+    Prepared,
+    both_ends,
+    call_ends,
+    modality_conditions,
+    prepare,
+    tables,
+)
 from idlora_jax.model.spans import Mode, checked
-from idlora_jax.model.sweep import Call, Remat, run_layers
-from idlora_jax.quantized import plain
+from idlora_jax.model.sweep import Remat, run_layers
+from idlora_jax.savings import Saving
 from idlora_jax.types import (
     AV,
     Bias,
     Branch,
     Numerics,
-    Prompt,
     Skip,
     Stream,
     Tree,
     each,
 )
 
-
-class Prepared(NamedTuple):
-    """What is constant over the steps of one sample.
-
-    Attributes:
-        rope: tables per modality.
-        cross_rope: tables of the cross-modal attention per modality.
-        prompts: projected prompts.
-        freqs: timestep frequencies.
-    """
-
-    rope: AV
-    cross_rope: AV
-    prompts: tuple[Prompt, ...]
-    freqs: Array
+__all__ = ["Prepared", "apply", "bind", "init", "prepare"]
 
 
-def _ends(cfg: TransformerConfig) -> AV:
-    return AV(Ends(cfg, cfg.video), Ends(cfg, cfg.audio))
-
-
-def _at(variables: Mapping[str, Tree], name: str) -> dict[str, Tree]:
-    return {c: plain(tree[name]) for c, tree in variables.items() if name in tree}
-
-
-def _call(
-    ends: Ends, variables: Mapping[str, Tree], name: str, method: str, *args: Any
-) -> Any:
-    """A method of one modality's `Ends`, with its parameters and adapters."""
-    return ends.apply(_at(variables, name), *args, method=method)
-
-
-def _dummy_modality(cfg: TransformerConfig, name: str) -> tuple[Array, Modality]:
+def _dummy(cfg: TransformerConfig, name: str) -> tuple[Array, Array, Modality]:
     own = getattr(cfg, name)
     zeros, d = jnp.zeros, own.width
     half = d // own.heads // 2
@@ -92,11 +71,11 @@ def _dummy_modality(cfg: TransformerConfig, name: str) -> tuple[Array, Modality]
         denoise=zeros((1, 1), bool),
         rope=table,
         cross_rope=cross,
-        text=zeros((1, 1, own.text_width)),
+        text=None,
         text_bias=None,
         length=None,
     )
-    return zeros((1, 1, d)), m
+    return zeros((1, 1, d)), zeros((1, 1, own.text_width)), m
 
 
 def init(cfg: TransformerConfig, key: Array) -> dict[str, Any]:
@@ -104,118 +83,21 @@ def init(cfg: TransformerConfig, key: Array) -> dict[str, Any]:
     keys = jax.random.split(key, 3)
     freqs = jnp.asarray(timestep_frequencies())
     base: dict[str, Any] = {}
-    for name, ends, k in zip(AV._fields, _ends(cfg), keys, strict=False):
+    for name, ends, k in zip(AV._fields, both_ends(cfg), keys, strict=False):
         own = getattr(cfg, name)
         width = cfg.caption_channels if cfg.caption_projection else own.text_width
-        x, text = jnp.zeros((1, 1, own.in_channels)), jnp.zeros((1, 1, width))
-        base[name] = ends.init(k, x, text, freqs)["params"]
-    (xv, mv), (xa, ma) = (_dummy_modality(cfg, n) for n in AV._fields)
+        shapes = (1, 1, own.in_channels), (1, 1, width)
+        base[name] = ends.init(k, *map(jnp.zeros, shapes), freqs)["params"]
+    dummies = zip(*(_dummy(cfg, n) for n in AV._fields), strict=True)
+    x, text, cond = (AV(*pair) for pair in dummies)
     work = Work(Skip(), AV(1, 1), True, True, frozenset())
     block = AVBlock(cfg)
 
     def one(k: Array) -> Tree:
-        return block.init(k, AV(xv, xa), AV(mv, ma), work, Bias())["params"]
+        return block.init(k, x, text, cond, work, method="touch")["params"]
 
     base["blocks"] = jax.vmap(one)(jax.random.split(keys[2], cfg.layers))
     return base
-
-
-def prepare(
-    cfg: TransformerConfig,
-    variables: Mapping[str, Tree],
-    streams: AV,
-    prompts: tuple[Prompt, ...],
-    *,
-    numerics: Numerics = "exact",
-) -> Prepared:
-    """Rope tables of the streams' positions and the projected prompts.
-
-    Args:
-        cfg: the transformer.
-        variables: {"params": base} and optionally {"lora": adapter}.
-        streams: `AV[Stream]`; only positions are read.
-        prompts: text features after the connectors; `Branch.prompt` indexes them.
-        numerics: "exact" or the reference's float32 operation order.
-    """
-    common = {
-        "theta": cfg.rope_theta,
-        "float64": cfg.rope_float64,
-        "numerics": numerics,
-    }
-    cross_max = (max(cfg.video.max_pos[0], cfg.audio.max_pos[0]),)
-    own = AV(cfg.video, cfg.audio)
-    width = cfg.cross_width
-    tables = each(
-        lambda s, m: rope.tables(
-            s.pos, m.max_pos, width=m.width, heads=m.heads, **common
-        ),
-        streams,
-        own,
-    )
-    cross = each(
-        lambda s, m: rope.tables(
-            s.pos[:, :1], cross_max, width=width, heads=m.heads, **common
-        ),
-        streams,
-        own,
-    )
-    projected = tuple(_project_prompt(cfg, variables, prompt) for prompt in prompts)
-    freqs = jnp.asarray(timestep_frequencies())
-    return Prepared(tables, cross, projected, freqs)
-
-
-def _project_prompt(
-    cfg: TransformerConfig, variables: Mapping[str, Tree], prompt: Prompt
-) -> Prompt:
-    def one(text: Array, ends: Ends, name: str) -> Array:
-        return _call(ends, variables, name, "text", text)
-
-    pair = AV(prompt.video, prompt.audio)
-    return Prompt(*each(one, pair, _ends(cfg), AV("video", "audio")), prompt.mask)
-
-
-def _modality_conditions(
-    cfg: TransformerConfig,
-    variables: Mapping[str, Tree],
-    prepared: Prepared,
-    streams: AV,
-    sigma: AV,
-) -> tuple[AV, AV]:
-    """`AV[Modality]` without text, and the embedded timesteps for the output."""
-    both = streams.video is not None and streams.audio is not None
-    others = AV(sigma.audio, sigma.video) if both else AV(None, None)
-
-    def one(
-        s: Stream,
-        ends: Ends,
-        name: str,
-        own: Array,
-        other: Array | None,
-        table: rope.Rope,
-        cross: rope.Rope,
-    ) -> tuple[Modality, Array]:
-        args = (own, other, prepared.freqs, s.x.dtype)
-        out = _call(ends, variables, name, "modulations", *args)
-        ada, embedded, prompt_ada, cross_ada, cross_gate = out
-        m = Modality(
-            ada=ada,
-            cross_ada=cross_ada,
-            cross_gate=cross_gate,
-            prompt_ada=prompt_ada,
-            denoise=s.denoise,
-            rope=table,
-            cross_rope=cross,
-            text=None,
-            text_bias=None,
-            length=s.length,
-            targets=s.target_length,
-        )
-        return m, embedded
-
-    names = AV("video", "audio")
-    args = (_ends(cfg), names, sigma, others, prepared.rope, prepared.cross_rope)
-    pairs = each(one, streams, *args)
-    return each(lambda p: p[0], pairs), each(lambda p: p[1], pairs)
 
 
 def _padded(h: Array, tokens: int) -> Array:
@@ -233,6 +115,10 @@ def _counts(streams: AV, targets: AV | None) -> AV:
     )
 
 
+def _only(names: frozenset[str], x: AV) -> AV:
+    return AV(*(part if n in names else None for n, part in x._asdict().items()))
+
+
 def apply(
     cfg: TransformerConfig,
     variables: Mapping[str, Tree],
@@ -248,6 +134,8 @@ def apply(
     scanned: tuple[str, ...] = ("lora",),
     backend: Backend = "auto",
     mesh: Mesh | None = None,
+    numerics: Numerics = "exact",
+    without: tuple[Saving, ...] = (),
 ) -> tuple[AV, ...]:
     """Velocities of every branch.
 
@@ -271,9 +159,12 @@ def apply(
         backend: see `attention.attend`.
         mesh: devices that samples and, in mode "batch", branches are divided over; the
             weights are, as they are placed (`parallel`).
+        numerics: as of `prepare`, for rope tables that are not from there.
+        without: savings that are switched off, to find a fault.
 
     Returns:
-        One AV of [B T C] per branch. Rows of references that a branch drops are 0.
+        One AV of [B T C] per branch, None where it is not read. Rows of references that
+        a branch drops are 0.
 
     Raises:
         ValueError: if a branch's skips do not fit the depth.
@@ -284,36 +175,49 @@ def apply(
     pairs = zip(streams, counts, strict=True)
     any_ref = any(s is not None and s.x.shape[1] > n for s, n in pairs)
     tidy = checked(branches, cfg.layers, any_ref=any_ref)
-    bias = bias or Bias()
-    conditions = _modality_conditions(cfg, variables, prepared, streams, sigma)
+    if "rope_tables" in without:
+        own, cross = tables(cfg, streams, numerics)
+        prepared = prepared._replace(rope=own, cross_rope=cross)
+    per_token = "two_timesteps" in without
+    conditions = modality_conditions(
+        cfg, variables, prepared, streams, sigma, per_token=per_token
+    )
     cond, embedded = jax.tree.map(
         lambda a: parallel.constrain(a, mesh, parallel.BATCH), conditions
     )
-    names = AV("video", "audio")
-    ends = _ends(cfg)
+    names, ends = AV("video", "audio"), both_ends(cfg)
     x = each(
-        lambda s, e, n: _call(e, variables, n, "tokens", s.x),
-        streams,
-        ends,
-        names,
+        lambda s, e, n: call_ends(e, variables, n, "tokens", s.x), streams, ends, names
     )
-    block = AVBlock(cfg, backend)
-    prompts = prepared.prompts
-    call = Call(cfg, block, variables, cond, prompts, tidy, counts, bias, mode, mesh)
+    call = Call(
+        cfg,
+        AVBlock(cfg, backend, "chunked_attention" not in without),
+        variables,
+        cond,
+        prepared.prompts,
+        prepared.text_kv,
+        tidy,
+        counts,
+        bias or Bias(),
+        mode,
+        mesh,
+        without,
+    )
     states = run_layers(call, x, remat, scanned)
 
     def velocity(h: Array, e: Ends, n: str, emb: Array, s: Stream) -> Array:
-        rows = h.shape[1]
-        args = (h, emb, s.denoise[:, :rows])
-        out = _call(e, variables, n, "velocity", *args)
+        denoise = None if per_token else s.denoise[:, : h.shape[1]]
+        args = (h, first_tokens(emb, h.shape[1], denoise), denoise)
+        out = call_ends(e, variables, n, "velocity", *args)
         return _padded(out, s.x.shape[1])
 
     done: dict[int, AV] = {}
     out = []
-    for state in states:
+    for state, branch, asked in zip(states, tidy, branches, strict=True):
         if id(state) not in done:
-            done[id(state)] = each(velocity, state, ends, names, embedded, streams)
-        out.append(done[id(state)])
+            read = _only(branch.reads, state)
+            done[id(state)] = each(velocity, read, ends, names, embedded, streams)
+        out.append(_only(asked.reads, done[id(state)]))
     return tuple(out)
 
 

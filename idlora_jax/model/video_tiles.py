@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
+from idlora_jax import programs
 from idlora_jax.config_video_vae import VideoVAEConfig
 from idlora_jax.model import tiling, video_vae
 from idlora_jax.model.tiling import Axis, Plan, Span, Tile, Tiles, weights
@@ -153,7 +154,7 @@ def _frames(x: Float[Array, "B F H W I"], tile: Tile) -> Float[Array, "B N H W I
     return jax.lax.dynamic_slice_in_dim(x, tile.start, tile.size, axis=1)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(programs.jit, name="decode video slab", static_argnums=(0, 1, 2))
 def _decode_slab(
     cfg: VideoVAEConfig,
     rows: Axis,
@@ -180,7 +181,7 @@ def _decode_slab(
     return over_space(run, latent, rows, columns, **like)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(programs.jit, name="encode video slab", static_argnums=(0, 1, 2))
 def _encode_slab(
     cfg: VideoVAEConfig,
     rows: Axis,

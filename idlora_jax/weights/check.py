@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from idlora_jax.files import PathLike, problem
-from idlora_jax.weights import bases, fp8, io, tensorfile
+from idlora_jax.weights import bases, fp8, int8, io, tensorfile
 from idlora_jax.weights.bases import BaseFile
 from idlora_jax.weights.progress import Progress, bar, silent
 
@@ -67,9 +67,9 @@ class BaseReport(NamedTuple):
         return "\n".join(lines)
 
 
-def _is_row(path: str) -> bool:
-    """Whether a converted tensor only says where the layers of another stand."""
-    return path.endswith(fp8.ROW)
+def _is_beside(path: str) -> bool:
+    """Whether a converted tensor only says how another is read."""
+    return path.endswith((fp8.ROW, int8.SCALES))
 
 
 def _part(base: BaseFile, name: str) -> Part:
@@ -79,8 +79,10 @@ def _part(base: BaseFile, name: str) -> Part:
         wrong = ""
     except ValueError as error:
         wrong = str(error)
-    numbers = [s for key, s in specs.items() if not (base.converted and _is_row(key))]
-    count = sum(math.prod(spec.shape) for spec in numbers)
+    beside = {key for key in specs if base.converted and _is_beside(key)}
+    count = sum(
+        math.prod(spec.shape) for key, spec in specs.items() if key not in beside
+    )
     return Part(name, len(specs), count, wrong)
 
 

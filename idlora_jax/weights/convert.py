@@ -73,9 +73,16 @@ def _mixed(base: BaseFile, located: Located) -> dict[str, str]:
     }
 
 
-def _dtype_name(dtype: Any | None, fp8: Choice) -> str:
+_SAID: Mapping[Choice, str] = {
+    "keep": "",
+    "upcast": ", 8 bits up-cast",
+    "int8": ", blocks in int8",
+}
+
+
+def _dtype_name(dtype: Any | None, weights: Choice) -> str:
     name = "as stored" if dtype is None else np.dtype(dtype).name
-    return name if fp8 == "keep" else f"{name}, 8 bits up-cast"
+    return name + _SAID[weights]
 
 
 def _text(content: Any) -> str:
@@ -83,10 +90,10 @@ def _text(content: Any) -> str:
 
 
 def _texts(
-    base: BaseFile, located: Located, dtype: Any | None, fp8: Choice
+    base: BaseFile, located: Located, dtype: Any | None, weights: Choice
 ) -> Callable[[shards.Hashes], Mapping[str, str]]:
     metadata = dict(base.metadata)
-    if fp8 == "upcast":
+    if weights != "keep":
         metadata.pop(fp8_files.METADATA, None)
     about = {
         "format": bases.FORMAT,
@@ -94,7 +101,7 @@ def _texts(
         "base_hash": base.base_hash,
         "version": __version__,
         "source": base.path.name,
-        "dtype": _dtype_name(dtype, fp8),
+        "dtype": _dtype_name(dtype, weights),
         "metadata": metadata,
         "mixed": {} if dtype else _mixed(base, located),
     }
@@ -105,10 +112,12 @@ def _texts(
 
 
 def _entries(
-    found: Mapping[str, leaves.Leaf], dtype: Any | None, fp8: Choice
+    name: str, found: Mapping[str, leaves.Leaf], dtype: Any | None, weights: Choice
 ) -> list[tensorfile.Entry]:
     fp8_files.check_scales(found)
-    return leaves.our_entries(stored(found, fp8, dtype), dtype)
+    other = weights == "int8" and name != "transformer"
+    choice: Choice = "upcast" if other else weights
+    return leaves.our_entries(stored(found, choice, dtype), dtype)
 
 
 def convert_base(
@@ -117,7 +126,7 @@ def convert_base(
     dtype: Any | None = None,
     *,
     networks: Sequence[str] | None = None,
-    fp8: Choice = "keep",
+    weights: Choice = "keep",
     say: Say = print,
     limit: int = shards.LIMIT,
 ) -> bool:
@@ -129,8 +138,9 @@ def convert_base(
         dtype: of the parameters (default: as stored, so that `export_base` gives back
             the same tensors). Tables stored in float32 stay so.
         networks: names of `io.NETWORKS` (default: all that the file holds).
-        fp8: of parameters that the file holds in 8 bits: "keep" writes them as they
-            are, "upcast" multiplies them by their scales.
+        weights: of parameters that the file holds in 8 bits: "keep" writes them as they
+            are, "upcast" multiplies them by their scales. "int8" writes all kernels of
+            the transformer's blocks so.
         say: takes lines about the progress.
         limit: bytes of a file, unless one parameter is larger.
 
@@ -147,15 +157,17 @@ def convert_base(
         hint = "give the original .safetensors file"
         raise problem("convert", source, "a converted folder", "a file", hint)
     names = io.chosen(base, networks)
-    require_choice(fp8)
-    plan = {"base_hash": base.base_hash, "dtype": _dtype_name(dtype, fp8)}
+    require_choice(weights)
+    plan = {"base_hash": base.base_hash, "dtype": _dtype_name(dtype, weights)}
     if _is_done(base, folder, plan | {"networks": [*names]}):
         say(f"{folder} holds this conversion already; nothing to do")
         return False
     if networks is None:
         _require_owners(base)
     located = {name: io.locate(base, name) for name in names}
-    entries = {n: _entries(found, dtype, fp8) for n, (found, _) in located.items()}
+    entries = {
+        n: _entries(n, found, dtype, weights) for n, (found, _) in located.items()
+    }
     total = sum(entry.spec.nbytes for group in entries.values() for entry in group)
     say(f"converting {', '.join(names)}: {total / 1e9:.2f} GB")
     stat = base.path.stat()
@@ -165,7 +177,7 @@ def convert_base(
             folder,
             entries,
             plan=plan,
-            texts=_texts(base, located, dtype, fp8),
+            texts=_texts(base, located, dtype, weights),
             limit=limit,
             progress=progress,
             say=say,

@@ -1,4 +1,4 @@
-"""8-bit checkpoints: kernels in float8, read as such or widened.
+"""8-bit checkpoints: kernels in float8, read as such, widened, or made int8 (`int8`).
 
     weight = float8 value * weight_scale         one float32 scale per Linear, or none
 
@@ -17,33 +17,43 @@ Source: ltx_core/quantization/fp8_scaled_mm.py; fp8_cast.py (without scales).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ml_dtypes
 import numpy as np
 
 from idlora_jax import quantized
-from idlora_jax.quantized import Quantized
-from idlora_jax.weights import leaves
+from idlora_jax.quantized import Int8, Quantized
+from idlora_jax.weights import int8, leaves
 from idlora_jax.weights.leaves import Leaf
 from idlora_jax.weights.tensorfile import Spec
 
-Choice = Literal["upcast", "keep"]
+Choice = Literal["upcast", "keep", "int8"]
+"""float8 times its scales; or kept as it is; or all blocks' kernels in int8."""
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 NARROW, SCALE, INPUT_SCALE, ROW = "_fp8", "_scale", "_input_scale", "_row"
 """Ends of the parts' paths."""
 LIKE = "_like"
 """End of what has no numbers and is only in memory."""
+_FIELDS = {
+    "wide": "",
+    "values": NARROW,
+    "like": LIKE,
+    "scale": SCALE,
+    "input_scale": INPUT_SCALE,
+    "row": ROW,
+}
+"""Parts by their names in a `Quantized`."""
 
 
 def require_choice(choice: str) -> None:
     """Refuse a choice that is none.
 
     Raises:
-        ValueError: if it is neither "upcast" nor "keep".
+        ValueError: if it is none of "upcast", "keep" and "int8".
     """
-    if choice not in ("upcast", "keep"):
-        raise ValueError(f"weights: got fp8={choice!r}, expected 'upcast' or 'keep'")
+    if choice not in get_args(Choice):
+        raise ValueError(f"weights: got {choice!r}, expected one of {get_args(Choice)}")
 
 
 def widened(values: np.ndarray, scale: Any | None, dtype: np.dtype) -> np.ndarray:
@@ -64,13 +74,16 @@ def upcast(path: str, leaf: Leaf, dtype: Any | None) -> Leaf:
     if narrow is None:
         return leaf
     target = leaves.kept_dtype(path, leaf.spec.dtype, dtype)
-    numbers = narrow.scales.get(SCALE)
+    kept = int8.is_int8(leaf)
+    numbers = narrow.scales.get(int8.SCALES if kept else SCALE)
 
     def piece(index: int) -> np.ndarray:
         raw = leaf.piece(index)
         if index not in narrow.at:
             return raw
         scale = None if numbers is None else numbers.piece(narrow.at.index(index))
+        if kept:
+            return int8.widened(raw, np.asarray(scale), target)
         return widened(raw, scale, target)
 
     return Leaf(leaf.spec._replace(dtype=target), leaf.count, piece)
@@ -87,6 +100,9 @@ def parts(leaf: Leaf) -> dict[str, Leaf]:
     narrow = leaf.narrow
     if narrow is None:
         return {"": leaf}
+    if int8.is_int8(leaf):
+        values = Leaf(Spec(leaf.spec.shape, narrow.dtype), leaf.count, leaf.piece)
+        return {int8.VALUES: values, **narrow.scales}
     flags = np.isin(np.arange(leaf.count), narrow.at)
     row = quantized.rows(flags)
     row = row if narrow.stacked else row.reshape(())
@@ -99,13 +115,25 @@ def parts(leaf: Leaf) -> dict[str, Leaf]:
     }
 
 
+def as_asked(path: str, leaf: Leaf, dtype: Any | None, choice: Choice) -> Leaf:
+    """A parameter of the transformer with or without pieces in 8 bits.
+
+    What a file holds in int8 was made so because memory is short, and stays so.
+    """
+    if int8.is_int8(leaf) or choice == "keep":
+        return leaf
+    if choice == "int8" and int8.chosen(path, leaf):
+        plain = upcast(path, leaf, np.float32)
+        return int8.quantised(path, plain)._replace(spec=leaf.spec)
+    return upcast(path, leaf, dtype)
+
+
 def stored(
     found: Mapping[str, Leaf], choice: Choice, dtype: Any | None
 ) -> dict[str, Leaf]:
     """Leaves to be written under our paths, none of them with pieces in 8 bits."""
-    if choice == "upcast":
-        return {path: upcast(path, leaf, dtype) for path, leaf in found.items()}
-    named = ((path, parts(leaf)) for path, leaf in found.items())
+    asked = {path: as_asked(path, leaf, dtype, choice) for path, leaf in found.items()}
+    named = ((path, parts(leaf)) for path, leaf in asked.items())
     return {path + end: part for path, made in named for end, part in made.items()}
 
 
@@ -118,27 +146,41 @@ Put = Callable[[str, Leaf, np.dtype], Any]
 """A path, what to read, its dtype -> an array on the devices where the path belongs."""
 
 
-def keep(path: str, leaf: Leaf, dtype: Any | None, put: Put) -> Quantized:
-    """A parameter as it is stored, one part at a time.
+def _empty(leaf: Leaf, dtype: np.dtype) -> Leaf:
+    return Leaf(Spec((0,), dtype), 0, leaf.piece)
+
+
+def read(
+    path: str, leaf: Leaf, dtype: Any | None, choice: Choice, put: Put
+) -> Any | Quantized | Int8:
+    """A parameter as it is asked for, one part at a time.
 
     Args:
         path: of the parameter.
-        leaf: with pieces in 8 bits.
-        dtype: of the other layers, and what layers widen to (default: as stored).
-        put: reads a part and places it; layers belong where the parameter does.
+        leaf: as it is stored.
+        dtype: what it is, or what its layers in 8 bits widen to (default: as stored).
+        choice: what becomes of 8 bits.
+        put: reads a part and places it. Parts have the paths that they have in a tree,
+            such as "PATH/values": those as wide as the parameter belong where it does.
     """
-    assert leaf.narrow is not None
+    leaf = as_asked(path, leaf, dtype, choice)
     target = leaves.kept_dtype(path, leaf.spec.dtype, dtype)
-    made = {"": _some(leaf, (), target), **parts(leaf)}
-    made[NARROW] = _as_bytes(made[NARROW])
-    made[LIKE] = Leaf(Spec((0,), leaf.dtype_of(leaf.narrow.at[0])), 0, leaf.piece)
-    rank = len(leaf.spec.shape)
+    if leaf.narrow is None:
+        return put(path, leaf, target)
+    made = parts(leaf)
+    kind: type[Quantized | Int8] = Int8
+    names = {int8.VALUES: "values", int8.SCALES: "scales", LIKE: "like"}
+    if int8.is_int8(leaf):
+        made[LIKE] = _empty(leaf, target)
+    else:
+        kind = Quantized
+        names = {end: name for name, end in _FIELDS.items()}
+        made = {"": _some(leaf, (), target), **made}
+        made[NARROW] = _as_bytes(made[NARROW])
+        made[LIKE] = _empty(leaf, leaf.dtype_of(leaf.narrow.at[0]))
 
     def one(end: str, part: Leaf) -> Any:
-        alike = len(part.spec.shape) == rank
-        name = path if alike else path + end
-        return put(name, part, part.spec.dtype if end else target)
+        return put(f"{path}/{names[end]}", part, part.spec.dtype if end else target)
 
-    done = {end: one(end, part) for end, part in made.items()}
-    ends = ("", NARROW, LIKE, SCALE, INPUT_SCALE, ROW)
-    return Quantized(*(done.get(end) for end in ends))
+    done = {names[end]: one(end, part) for end, part in made.items()}
+    return kind(**dict.fromkeys(kind._fields) | done)

@@ -16,9 +16,9 @@ import numpy as np
 
 from idlora_jax import quantized
 from idlora_jax.files import PathLike, problem
-from idlora_jax.quantized import Quantized
+from idlora_jax.quantized import Int8, Quantized
 from idlora_jax.types import Tree
-from idlora_jax.weights import leaves, rules
+from idlora_jax.weights import fp8, int8, leaves, rules
 from idlora_jax.weights.fp8 import FLOAT8, INPUT_SCALE, NARROW, ROW, SCALE
 from idlora_jax.weights.leaves import Leaf, Narrow, Shape, Source, Where
 from idlora_jax.weights.tensorfile import Entry, Spec, Tensors
@@ -69,8 +69,9 @@ def _checked(value: np.ndarray, name: str) -> np.ndarray:
         got = f"a scale in {value.dtype.name}"
         raise problem("weights", name, got, "float32", _OTHER)
     if not (np.isfinite(value).all() and (value >= 0).all()):
-        got, do = f"a scale of {value}", "the file is damaged, download it again"
-        raise problem("weights", name, got, "a finite number from 0 up", do)
+        odd = value[~(np.isfinite(value) & (value >= 0))].flat[0]
+        got, do = f"a scale of {odd}", "the file is damaged, download it again"
+        raise problem("weights", name, got, "finite numbers from 0 up", do)
     return value
 
 
@@ -135,6 +136,10 @@ def from_original(
 
 def _part_shapes(tensors: Tensors, path: str, source: Source) -> dict[str, Shape]:
     """Shapes of a parameter's parts; the file says how many layers are in 8 bits."""
+    if path + int8.VALUES in tensors.specs:
+        layers, _, wide = source.shape
+        shapes = source.shape, (layers, 1, wide)
+        return dict(zip((path + int8.VALUES, path + int8.SCALES), shapes, strict=True))
     piece = source.shape[1:] if source.stacked else source.shape
     held = tensors.specs[path + NARROW].shape[:1]
     count = min(*held, len(source.keys)) if held else 0
@@ -148,8 +153,19 @@ def _part_shapes(tensors: Tensors, path: str, source: Source) -> dict[str, Shape
     }
 
 
+def _joined_int8(tensors: Tensors, path: str, source: Source) -> Leaf:
+    scales = path + int8.SCALES
+    return int8.packed(
+        Spec(source.shape, _WIDE),
+        lambda n: tensors.layer(path + int8.VALUES, n),
+        lambda n: _checked(tensors.layer(scales, n), f"{scales}, layer {n}"),
+    )
+
+
 def _joined(tensors: Tensors, path: str, source: Source) -> Leaf:
     """The leaf of a parameter whose parts are in a converted file."""
+    if path + int8.VALUES in tensors.specs:
+        return _joined_int8(tensors, path, source)
     row = tensors.tensor(path + ROW).reshape(-1)
     at = np.flatnonzero(row >= 0)
     narrow = tensors.specs[path + NARROW]
@@ -175,6 +191,11 @@ def _joined(tensors: Tensors, path: str, source: Source) -> Leaf:
     return Leaf(Spec(source.shape, wide), len(source.keys), piece, told)
 
 
+def _is_packed(tensors: Tensors, path: str, source: Source) -> bool:
+    kernel = path + int8.VALUES in tensors.specs and len(source.shape) == 3
+    return kernel or path + NARROW in tensors.specs
+
+
 def from_converted(
     tensors: Tensors, needed: Mapping[str, Source], where: Where
 ) -> dict[str, Leaf]:
@@ -184,7 +205,7 @@ def from_converted(
         ValueError: listing missing paths, wrong shapes and unexpected paths, parts
             among them; or naming a damaged part.
     """
-    packed = {p: s for p, s in needed.items() if p + NARROW in tensors.specs}
+    packed = {p: s for p, s in needed.items() if _is_packed(tensors, p, s)}
     rest = {path: source for path, source in needed.items() if path not in packed}
     also: dict[str, Shape] = {}
     for path, source in packed.items():
@@ -192,6 +213,12 @@ def from_converted(
     found = leaves.from_converted(tensors, rest, where, also)
     found |= {path: _joined(tensors, path, s) for path, s in packed.items()}
     return {path: found[path] for path in needed}
+
+
+def _of_int8(q: Int8) -> Leaf:
+    values, scales = np.asarray(q.values), np.asarray(q.scales)
+    spec = Spec(q.shape, np.dtype(q.dtype))
+    return int8.packed(spec, lambda n: values[n], lambda n: scales[n])
 
 
 def _of_quantized(q: Quantized, source: Source) -> Leaf:
@@ -214,12 +241,14 @@ def _of_quantized(q: Quantized, source: Source) -> Leaf:
 
 
 def from_arrays(tree: Tree, needed: Mapping[str, Source]) -> dict[str, Leaf]:
-    """Leaves of a network's parameters in memory, some of them `Quantized`."""
+    """Leaves of a network's parameters in memory, some of them in 8 bits."""
     flat = rules.flatten(tree)
-    packed = {p: q for p, q in flat.items() if isinstance(q, Quantized)}
+    packed = {p: q for p, q in flat.items() if quantized.is_quantized(q)}
     rest = {path: source for path, source in needed.items() if path not in packed}
     found = leaves.from_arrays(tree, rest)
-    found |= {path: _of_quantized(q, needed[path]) for path, q in packed.items()}
+    for path, q in packed.items():
+        own = isinstance(q, Int8)
+        found[path] = _of_int8(q) if own else _of_quantized(q, needed[path])
     return {path: found[path] for path in needed}
 
 
@@ -231,13 +260,21 @@ def check_scales(found: Mapping[str, Leaf]) -> None:
     """
     for leaf in found.values():
         for numbers in leaf.narrow.scales.values() if leaf.narrow else ():
-            leaves.read(numbers, _FLOAT32)
+            for n in range(numbers.count):
+                numbers.piece(n)
 
 
 def original_entries(
     found: Mapping[str, Leaf], needed: Mapping[str, Source]
 ) -> list[Entry]:
-    """The tensors under original names that leaves stand for, scales among them."""
+    """The tensors under original names that leaves stand for, scales among them.
+
+    Original files have no int8: what is kept so is written as it widens.
+    """
+    found = {
+        path: fp8.upcast(path, leaf, None) if int8.is_int8(leaf) else leaf
+        for path, leaf in found.items()
+    }
     out = leaves.original_entries(found, needed)
     for path, leaf in found.items():
         for name, end in rules.SCALES.items():

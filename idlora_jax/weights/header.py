@@ -17,6 +17,7 @@ import json
 import math
 import os
 import reprlib
+import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -252,16 +253,37 @@ def _require_layout(
         raise problem("weights", path, f"{size:,} bytes", expected, _AGAIN)
 
 
+_KNOWN: dict[str, Header] = {}
+"""Headers by path: of the files that were read last."""
+_MOST, _SETTLED_NS = 64, 10**9
+"""How many of them are kept, and how long a file must not have changed before: two
+changes at once have one time, so that nothing would tell them apart."""
+
+
 def header(path: PathLike) -> Header:
-    """Read and check the header of a safetensors file.
+    """Read and check the header of a safetensors file; of one that is known, look only.
 
     Raises:
         ValueError: if the file is missing, truncated, not safetensors, or its header
             contradicts itself or the file.
     """
-    with open(existing("weights", path, _EXPECTED), "rb") as file:
+    full = existing("weights", path, _EXPECTED)
+    with open(full, "rb") as file:
         stat = os.fstat(file.fileno())
+        known = _KNOWN.get(full)
+        if known is not None and known.state == state(stat):
+            return known
         raw = _raw(path, file, stat.st_size)
+    found = _checked(path, raw, stat)
+    _KNOWN.pop(full, None)
+    if time.time_ns() - stat.st_mtime_ns > _SETTLED_NS:
+        _KNOWN[full] = found
+        for old in [*_KNOWN][:-_MOST]:
+            _KNOWN.pop(old, None)
+    return found
+
+
+def _checked(path: PathLike, raw: bytes, stat: os.stat_result) -> Header:
     start = 8 + len(raw)
     entries = _parsed(path, raw)
     metadata = _text(path, entries.pop("__metadata__", None))

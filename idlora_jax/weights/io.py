@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from idlora_jax.files import PathLike
-from idlora_jax.quantized import Quantized
 from idlora_jax.types import Tree
 from idlora_jax.weights import bases, catalog, fp8_files, leaves, rules, tensorfile
 from idlora_jax.weights.bases import BaseFile, open_base
@@ -28,7 +28,7 @@ from idlora_jax.weights.catalog import (
     read_config,
     shapes_of,
 )
-from idlora_jax.weights.fp8 import Choice, keep, require_choice, upcast
+from idlora_jax.weights.fp8 import Choice, read, require_choice
 from idlora_jax.weights.leaves import Leaf, Source, Where
 
 __all__ = [
@@ -135,7 +135,7 @@ def load_network(
     dtype: Any | None = None,
     *,
     placement: Placement | None = None,
-    fp8: Choice = "upcast",
+    weights: Choice = "upcast",
 ) -> Tree:
     """Read a network's parameters, one at a time, straight to their devices.
 
@@ -145,20 +145,22 @@ def load_network(
         dtype: of the parameters (default: as stored). Scale and shift tables that the
             file holds in float32 stay so.
         placement: sharding by path and shape (default: whole, on the default device);
-            a host reads and holds only the parts of its own devices.
-        fp8: of parameters that the file holds in 8 bits: "upcast" multiplies them by
-            their scales (bfloat16 unless `dtype` says otherwise), "keep" reads them as
-            they are, see `quantized`. Only the transformer computes with these; other
-            networks are up-cast.
+            a host reads and holds only the parts of its own devices. The parts of one
+            in 8 bits are asked for one by one, as "PATH/values" and so on.
+        weights: "upcast" multiplies kernels that the file holds in fp8 by their scales
+            (bfloat16 unless `dtype` says otherwise), "keep" reads them as they are,
+            "int8" makes all kernels of the blocks int8; see `quantized`. Only the
+            transformer computes with 8 bits; other networks are up-cast. What a
+            converted file holds in int8 is read so, whatever is asked.
 
     Raises:
         ValueError: if the file lacks keys, has others within the network's prefixes, or
             other shapes than the configuration says; all are listed. If a scale is not
             a finite number.
     """
-    require_choice(fp8)
-    choice: Choice = fp8 if name == "transformer" else "upcast"
-    return read_all(locate(base, name)[0], dtype, placement=placement, fp8=choice)
+    require_choice(weights)
+    choice: Choice = weights if name == "transformer" else "upcast"
+    return read_all(locate(base, name)[0], dtype, placement=placement, weights=choice)
 
 
 def _placed(leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -171,7 +173,9 @@ def _placed(leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax
     arrays = []
     for bounds, devices in owners.items():
         part = leaves.read_part(leaf, tuple(slice(*b) for b in bounds), dtype)
-        put = [jax.device_put(part, device) for device in devices]
+        kind: Any = {"memory_kind": sharding.memory_kind}
+        own = (SingleDeviceSharding(device, **kind) for device in devices)
+        put = [jax.device_put(part, place) for place in own]
         arrays += jax.block_until_ready(put)
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
@@ -181,7 +185,7 @@ def read_all(
     dtype: Any | None,
     *,
     placement: Placement | None = None,
-    fp8: Choice = "upcast",
+    weights: Choice = "upcast",
 ) -> Tree:
     """Leaves by path -> nested parameters on devices, one at a time."""
     fp8_files.check_scales(found)
@@ -193,13 +197,9 @@ def read_all(
         # Waiting keeps one stack in flight: copies lag behind reading otherwise.
         return jax.block_until_ready(jax.device_put(leaves.read(leaf, target)))
 
-    def one(path: str, leaf: Leaf) -> jax.Array | Quantized:
-        if leaf.narrow and fp8 == "keep":
-            return keep(path, leaf, dtype, put)
-        leaf = upcast(path, leaf, dtype)
-        return put(path, leaf, leaves.kept_dtype(path, leaf.spec.dtype, dtype))
-
-    return rules.nest({path: one(path, leaf) for path, leaf in found.items()})
+    return rules.nest(
+        {p: read(p, leaf, dtype, weights, put) for p, leaf in found.items()}
+    )
 
 
 def save_original(

@@ -23,8 +23,8 @@ from idlora_jax.weights.tensorfile import Entry, Spec, Tensors
 
 SHOWN = 12
 STRIP = 128
-AS_STORED = ("_fp8", "_scale", "_row")
-"""Ends of the paths of parts that are never cast; see `fp8`."""
+AS_STORED = ("_fp8", "_scale", "_row", "_int8", "_scales")
+"""Ends of the paths of parts that are never cast; see `fp8` and `int8`."""
 Shape = tuple[int, ...]
 
 
@@ -59,7 +59,8 @@ class Narrow(NamedTuple):
         dtype: of these pieces.
         at: their numbers, ascending.
         stacked: whether pieces are layers; otherwise the parameter is one piece.
-        scales: by the end of our paths, e.g. "_scale": one number for each of them.
+        scales: by the end of our paths, e.g. "_scale": one number for each of them, or
+            one for each of their output channels.
     """
 
     dtype: np.dtype

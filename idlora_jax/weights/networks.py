@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from idlora_jax import parallel
+from idlora_jax import hosted, parallel
 from idlora_jax.config import Generation, TransformerConfig
 from idlora_jax.config_codecs import AudioVAEConfig
 from idlora_jax.config_text import TextConnectorConfig, TextEncoderConfig
@@ -89,7 +89,8 @@ def load(
     text_encoder_path: PathLike | None = None,
     upsampler_path: PathLike | None = None,
     dtype: Any = jnp.float32,
-    fp8: Choice = "upcast",
+    weights: Choice = "upcast",
+    weights_in: hosted.Where = "device",
     mesh: Mesh | None = None,
 ) -> tuple[Networks, dict[str, Tree]]:
     """Open a base and read the named networks.
@@ -102,8 +103,8 @@ def load(
         upsampler_path: the latent upsampler's file; likewise.
         dtype: of the parameters, float32 or bfloat16; None: as stored. Scale and shift
             tables that the file holds in float32 stay so.
-        fp8: what becomes of kernels that the base holds in 8 bits; see
-            `io.load_network`.
+        weights: whether the transformer's kernels are in 8 bits; see `io.load_network`.
+        weights_in: where the kernels of its blocks are, see `hosted`.
         mesh: devices that the parameters are read to, as `parallel.RULES` says: those
             of transformer and text encoder in parts, the others whole on each.
 
@@ -146,9 +147,11 @@ def load(
         base_hash=base.base_hash,
         upsampler=None if larger is None else larger.cfg,
     )
-    where = {name: parallel.placement(mesh, name) for name in names}
+    where: dict[str, Any] = {name: parallel.placement(mesh, name) for name in names}
+    if weights_in == "host" and "transformer" in where:
+        where["transformer"] = hosted.placement(where["transformer"])
     params = {
-        name: io.load_network(base, name, dtype, placement=where[name], fp8=fp8)
+        name: io.load_network(base, name, dtype, placement=where[name], weights=weights)
         for name in names
         if name in io.NETWORKS
     }

@@ -306,7 +306,7 @@ def test_the_script_converts_and_exports(checkpoint, tmp_path, capsys):
         ["a", "b", "--export", "--dtype", "f32"],
         ["a", "b", "--format", "diffusers"],
         ["a", "b", "--export", "--distilled"],
-        ["a", "b", "--export", "--format", "diffusers", "--fp8", "keep"],
+        ["a", "b", "--export", "--format", "diffusers", "--weights", "keep"],
     ):
         with pytest.raises(SystemExit) as exit_:
             run(wrong)

@@ -60,7 +60,7 @@ def folder(scaled, tmp_path_factory):
 
 
 def load(path, dtype=None, choice: fp8.Choice = "upcast"):
-    return io.load_network(io.open_base(path), "transformer", dtype, fp8=choice)
+    return io.load_network(io.open_base(path), "transformer", dtype, weights=choice)
 
 
 def same(got, want):
@@ -182,7 +182,7 @@ def test_exporting_weights_without_scales_gives_back_the_file(plain, tmp_path):
 
 def test_kept_parameters_are_saved_as_they_were_read(scaled, plain, tmp_path):
     base = io.open_base(scaled)
-    params = {n: io.load_network(base, n, fp8="keep") for n in io.names_in(base)}
+    params = {n: io.load_network(base, n, weights="keep") for n in io.names_in(base)}
     path = tmp_path / "x.safetensors"
     io.save_original(path, params, base.config, base.metadata)
     assert path.read_bytes() == scaled.read_bytes()
@@ -190,7 +190,7 @@ def test_kept_parameters_are_saved_as_they_were_read(scaled, plain, tmp_path):
 
 def test_converting_may_widen_and_then_forgets_the_scales(scaled, widened, tmp_path):
     folder = tmp_path / "x"
-    options = {"fp8": "upcast", "say": lambda line: None}
+    options = {"weights": "upcast", "say": lambda line: None}
     assert convert.convert_base(scaled, folder, jnp.float32, **options)
     same(load(folder), load(widened, jnp.float32))
     assert "_quantization_metadata" not in io.open_base(folder).metadata
@@ -204,12 +204,12 @@ def test_the_script_widens_when_asked_to(scaled, folder, tmp_path, capsys):
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.main(["--fp8", "upcast", str(scaled), str(tmp_path / "x")]) == 0
+    assert script.main(["--weights", "upcast", str(scaled), str(tmp_path / "x")]) == 0
     specs = tensorfile.header(tmp_path / "x" / "transformer.safetensors").tensors
     assert specs[KERNEL] == ((4, 64, 64), np.dtype(jnp.bfloat16))
     with pytest.raises(SystemExit):
-        script.main(["--export", "--fp8", "keep", str(folder), str(tmp_path / "y")])
-    assert "--fp8" in capsys.readouterr().err
+        script.main(["--export", "--weights", "keep", str(folder), str(tmp_path / "y")])
+    assert "--weights" in capsys.readouterr().err
 
 
 def test_a_dtype_does_not_touch_what_is_kept(scaled, tmp_path):
@@ -224,7 +224,7 @@ def test_only_the_transformer_is_kept(checkpoint, tmp_path):
     first = "vae.decoder.conv_in.conv.weight"
     made = eight_bits.cast(tensors, lambda key: key == first)
     path = eight_bits.write(tmp_path / "x.safetensors", made, said)
-    params = networks.load(path, ("video_vae",), dtype=None, fp8="keep")[1]
+    params = networks.load(path, ("video_vae",), dtype=None, weights="keep")[1]
     got = rules.flatten(params["video_vae"])["decoder/conv_in/kernel"]
     assert got.dtype == jnp.bfloat16
     want = made[first].astype(np.float32).transpose(2, 3, 4, 1, 0)
@@ -294,7 +294,7 @@ def test_scales_of_another_width_and_mixed_formats_are_refused(
 
 
 def test_a_choice_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"fp8='yes', expected 'upcast' or 'keep'"):
+    with pytest.raises(ValueError, match=r"got 'yes', expected one of .*'int8'"):
         fp8.require_choice("yes")
 
 
@@ -333,15 +333,16 @@ def test_kept_layers_are_placed_where_the_parameter_belongs(scaled):
 
     def placement(path, shape):
         seen.append((path, len(shape)))
-        kernel = path.endswith("/kernel") and len(shape) == 3
+        kernel = path.endswith(("/kernel", "/values", "/wide")) and len(shape) == 3
         return wide if kernel else NamedSharding(mesh, PartitionSpec())
 
     base = io.open_base(scaled)
-    placed = io.load_network(base, "transformer", placement=placement, fp8="keep")
+    placed = io.load_network(base, "transformer", placement=placement, weights="keep")
     same(flat(placed), flat(load(scaled, None, "keep")))
     q = rules.flatten(placed)[KERNEL]
     assert q.values.sharding == q.wide.sharding == wide
-    assert {(KERNEL, 3), (f"{KERNEL}_scale", 1), (f"{KERNEL}_row", 1)} <= {*seen}
+    parts = {(f"{KERNEL}/values", 3), (f"{KERNEL}/scale", 1), (f"{KERNEL}/row", 1)}
+    assert parts <= {*seen}
 
 
 def test_keeping_holds_a_byte_per_parameter(scaled):

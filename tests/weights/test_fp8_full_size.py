@@ -75,15 +75,10 @@ def test_the_layers_in_8_bits_are_those_of_the_file():
 
 @functools.cache
 def kept():
-    """What `io.load_network(base, "transformer", fp8="keep")` would give."""
+    """What `io.load_network(base, "transformer", weights="keep")` would give."""
     put = lambda path, leaf, dtype: jax.ShapeDtypeStruct(leaf.spec.shape, dtype)
     found, _ = located("transformer")
-    flat = {
-        path: fp8.keep(path, leaf, None, put)
-        if leaf.narrow
-        else put(path, leaf, leaf.spec.dtype)
-        for path, leaf in found.items()
-    }
+    flat = {p: fp8.read(p, leaf, None, "keep", put) for p, leaf in found.items()}
     return rules.nest(flat)
 
 

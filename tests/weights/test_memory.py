@@ -1,4 +1,9 @@
-"""Resident memory of converting and loading, as the system counts it."""
+"""Resident memory of converting and loading, as the system counts it.
+
+    python tests/weights/test_memory.py 8      loads a random 2.4 GB, and says its peak
+
+Under `/usr/bin/time -v` that is seen from outside, too.
+"""
 
 import json
 import math
@@ -6,7 +11,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
+import numpy as np
 import pytest
 import sparse_files
 
@@ -107,3 +114,36 @@ def test_loading_holds_the_parameters_and_one_stacked_tensor(tmp_path, form):
         converted(path, tmp_path / "folder")
         path = tmp_path / "folder"
     assert size * 0.9 < bytes_said(LOAD, str(path)) < size + stack + 200e6
+
+
+def random_base(path, heads):
+    """`sparse_base` with random numbers, which no system can leave out."""
+    size, stack = sparse_base(path, heads)
+    rng, left = np.random.default_rng(0), size
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size - size)
+        while left:
+            # Below 0x7f80 all are finite.
+            block = rng.integers(0, 0x3F80, min(left, 1 << 26) // 2, np.uint16)
+            file.write(block.tobytes())
+            left -= block.nbytes
+    return size, stack
+
+
+@pytest.mark.slow
+def test_loading_random_numbers_holds_no_more(tmp_path):
+    path = tmp_path / "random.safetensors"
+    size, stack = random_base(path, 3)
+    assert size > 300e6
+    assert size * 0.9 < bytes_said(LOAD, str(path)) < size + stack + 200e6
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "random.safetensors")
+        size, stack = random_base(file, int(sys.argv[1]))
+        peak = bytes_said(LOAD, str(file))
+        print(
+            f"parameters {size / 1e9:.3f} GB, largest stacked {stack / 1e9:.3f} GB, "
+            f"peak while loading {peak / 1e9:.3f} GB"
+        )

@@ -1,0 +1,1 @@
+"""What is measured: each suite takes a `Session` and gives rows."""
