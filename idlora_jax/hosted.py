@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax import ShapeDtypeStruct as Shape
 from jax.core import ShapedArray
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
@@ -115,12 +116,15 @@ def fetched(x: Any) -> Any:
     return jax.device_put(x, jax.memory.Space.Device) if is_host(x) else x
 
 
-def _parted(tree: Any) -> tuple[Any, Any]:
-    """What has gradients and what has none, each with None in place of the other."""
-    floats = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+def _float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _parted(tree: Any, chosen: Callable[[Any], bool]) -> tuple[Any, Any]:
+    """The chosen leaves and the others, each with None in place of the other."""
     return (
-        jax.tree.map(lambda x: x if floats(x) else None, tree),
-        jax.tree.map(lambda x: None if floats(x) else x, tree),
+        jax.tree.map(lambda x: x if chosen(x) else None, tree),
+        jax.tree.map(lambda x: None if chosen(x) else x, tree),
     )
 
 
@@ -141,7 +145,8 @@ def scan(
 ) -> Any:
     """`carry = step(fetch(stacks, l), carry, own[l], shared)` for each layer l.
 
-    Gradients go to carry, own and shared; states between layers are kept for them.
+    Gradients go to carry, and to what is asked for of own and shared; states between
+    layers are kept for them.
 
     Args:
         step: one layer; it closes over nothing that is traced.
@@ -152,7 +157,10 @@ def scan(
         stacks: weights, all or some of them on the host.
         layers: from which to which, n in all.
     """
-    (rows, rows_rest), (common, common_rest) = _parted(own), _parted(shared)
+    (rows, rows_rest), (common, common_rest) = (
+        _parted(own, _float),
+        _parted(shared, _float),
+    )
     fixed = stacks, rows_rest, common_rest
     return _swept(step, fetch, layers, carry, rows, common, fixed)
 
@@ -198,9 +206,25 @@ def _swept(step: Step, fetch: Fetch, layers: range, *args: Any) -> Any:
     return _forward(step, fetch, layers, *args)[0]
 
 
-def _kept(step: Step, fetch: Fetch, layers: range, *args: Any) -> tuple[Any, Any]:
-    done, kept = _forward(step, fetch, layers, *args, keep=True)
-    return done, (kept, *args[1:])
+def _values(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.value, tree)
+
+
+def _kept(
+    step: Step, fetch: Fetch, layers: range, carry: Any, *args: Any
+) -> tuple[Any, Any]:
+    """Forwards; what no gradient is asked for is treated as what can have none."""
+    rows, common, (stacks, *rests) = args
+    done, kept = _forward(step, fetch, layers, *_values((carry, *args)), keep=True)
+    split = [_parted(tree, lambda x: x.perturbed) for tree in (rows, common)]
+    asked, others = zip(*_values(split), strict=True)
+    fixed = _values(stacks), *map(_joined, others, _values(rests))
+    return done, (kept, *asked, fixed)
+
+
+def _instantiated(slope: Any) -> Array:
+    zero = isinstance(slope, jax.custom_derivatives.SymbolicZero)
+    return jnp.zeros(slope.shape, slope.dtype) if zero else slope
 
 
 def _backward(
@@ -208,6 +232,7 @@ def _backward(
 ) -> tuple[Any, Any, Any, None]:
     kept, rows, common, fixed = saved
     stacks, rows_rest, common_rest = fixed
+    slope = jax.tree.map(_instantiated, slope)
 
     def body(state: Any, at: Any) -> tuple[Any, Any]:
         (slope, total, weights), (layer, x, row, rest) = state, at
@@ -228,4 +253,4 @@ def _backward(
     return before, own, total, None
 
 
-_swept.defvjp(_kept, _backward)
+_swept.defvjp(_kept, _backward, symbolic_zeros=True)

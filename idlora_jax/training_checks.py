@@ -27,12 +27,13 @@ ASSUMED = 8
 
 
 def _applied(config: TrainConfig, changes: Change) -> TrainConfig:
-    """`{"optimizer.name": "lion"}` in place of what the settings say."""
+    """`{"optimizer.name": "lion"}` in place of what the settings say, all at once."""
+    found: Change = {}
     for name, value in changes.items():
         first, _, rest = name.partition(".")
-        inner = replace(getattr(config, first), **{rest: value}) if rest else value
-        config = replace(config, **{first: inner})
-    return config
+        before = found.get(first, getattr(config, first))
+        found[first] = replace(before, **{rest: value}) if rest else value
+    return replace(config, **found)
 
 
 def _streaming(config: TrainConfig, changes: Change) -> Change:

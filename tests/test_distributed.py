@@ -274,7 +274,8 @@ def test_two_processes_stopped_and_resumed_end_bitwise_like_one(
     assert "stopped by SIGTERM after" in out[0][0] and "--resume" in out[0][0]
     assert out[1][0].replace("[Gloo]", "").count("\n") <= 1  # gloo's line is not ours
     stopped = states.latest(two / "state")
-    assert stopped is not None and STOP <= stopped < STEPS
+    # The log's first line is of held-out losses, before any step.
+    assert stopped is not None and STOP - 1 <= stopped < STEPS
     shutil.copytree(two, other)
 
     resume = command(config, two, "--resume")

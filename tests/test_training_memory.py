@@ -70,7 +70,7 @@ def test_the_estimate_of_a_step_is_near_what_xla_says_of_each_policy(policies, r
     args = run.state, run.frozen, run.batch(2)
     exact: Any = step.lower(*args).compile().memory_analysis()  # pyright: ignore
     assert exact.alias_size_in_bytes == memory.size(run.state)
-    assert 0.9 * exact.temp_size_in_bytes <= estimate <= 1.6 * exact.temp_size_in_bytes
+    assert 0.8 * exact.temp_size_in_bytes <= estimate <= 1.6 * exact.temp_size_in_bytes
 
 
 def test_a_lighter_policy_needs_less_and_does_more(policies):
@@ -78,7 +78,9 @@ def test_a_lighter_policy_needs_less_and_does_more(policies):
     needed = [phases(run)["training step"]["work"] for run in runs]
     assert needed == sorted(needed, reverse=True) and needed[0] > 2 * needed[2]
     work = [flops.count(run.step) for run in runs]
-    assert work == sorted(work) and 1.2 * work[0] < work[2] < 1.5 * work[0]
+    # A forward pass is a third of a step; attention in chunks makes its scores again
+    # within a layer that is computed again, too.
+    assert work == sorted(work) and 1.2 * work[0] < work[2] < 1.6 * work[0]
 
 
 def test_what_lasts_is_what_a_run_holds_to_the_byte(tiny_model, tmp_path):

@@ -239,8 +239,9 @@ def test_six_thousand_tensors_take_a_moment(tmp_path):
         start = time.process_time()
         assert len(header(path).tensors) == 6404
         seconds.append(time.process_time() - start)
-    # Checking our annotations at every call, as this session does, trebles it.
-    assert min(seconds) < 0.4
+    # 0.1 s on a quiet machine, three times that with our annotations checked: what a
+    # second pass over the tensors for each of them would take is a minute.
+    assert min(seconds) < 3
 
 
 def test_many_wrong_entries_are_refused_quickly(tmp_path):
