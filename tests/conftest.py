@@ -56,3 +56,22 @@ def tiny_model(tmp_path_factory):
     from idlora_jax import tiny
 
     return tiny.write(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def files(tiny_model, tmp_path_factory):
+    """What a sample needs besides weights: see `sample_files.written`."""
+    import sample_files
+
+    return sample_files.written(tiny_model, tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading weights is an error."""
+    from idlora_jax.weights import io
+
+    def refuse(*args, **options):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(io, "read_all", refuse)

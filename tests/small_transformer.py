@@ -42,6 +42,16 @@ NEWER: dict[str, Any] = {
     "cross_attention_adaln": True,
     "caption_proj_before_connector": True,
 }
+WIDE: dict[str, Any] = {
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 128,
+    "audio_attention_head_dim": 64,
+    "audio_cross_attention_dim": 128,
+}
+"""Weights that are most of what a program holds."""
+QUICK: Any = {"xla_backend_optimization_level": 0}
+"""Options of a compiler whose buffers matter and whose machine code does not."""
 SECTIONS = {"2.0": COMMON, "2.3": COMMON | NEWER}
 GRID = geometry.video_grid(9, 64, 32, 25.0)
 SOUND = AudioGrid(5)

@@ -42,14 +42,6 @@ def config(tiny_model: Any, clips: pathlib.Path, tmp_path: pathlib.Path) -> Trai
     )
 
 
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(io, "read_all", refuse)
-
-
 def test_good_inputs_are_planned_without_weights(no_weights: None, config: TrainConfig):
     plan = fitting.plan(config)
     assert len(plan.clips.clips) == 4

@@ -21,15 +21,6 @@ from idlora_jax.quantized import Int8
 from idlora_jax.types import Branch, Skip, Tree
 from idlora_jax.weights import int8
 
-# Buffers are assigned before the machine code, which need not be good.
-QUICK: Any = {"xla_backend_optimization_level": 0}
-WIDE = {
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "cross_attention_dim": 128,
-    "audio_attention_head_dim": 64,
-    "audio_cross_attention_dim": 128,
-}
 SKIP = (Skip(), Skip(video_self=True))
 BRANCHES = (Branch(), Branch(use_ref=False), Branch(skip=SKIP))
 """Two spans: the last one differs from the first only in the second layer."""
@@ -87,7 +78,7 @@ def forward(cfg: TransformerConfig, variables: Tree, **options: Any) -> Any:
 def velocities(base: Tree, **options: Any) -> Any:
     run = jax.jit(lambda v: forward(small.config("2.3"), v, **options))
     given = {"params": base, "lora": lora()}
-    return run.lower(given).compile(compiler_options=QUICK)(given)
+    return run.lower(given).compile(compiler_options=small.QUICK)(given)
 
 
 def slopes(base: Tree, **options: Any) -> Any:
@@ -100,7 +91,7 @@ def slopes(base: Tree, **options: Any) -> Any:
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     args = lora(), base
-    return run.lower(*args).compile(compiler_options=QUICK)(*args)
+    return run.lower(*args).compile(compiler_options=small.QUICK)(*args)
 
 
 def equal(got: Any, want: Any, rtol: float = 1e-6) -> None:
@@ -125,7 +116,7 @@ def test_so_are_those_of_several_branches_and_spans_in_int8():
 @functools.cache
 def wide() -> tuple[TransformerConfig, Tree, Tree]:
     """A wider and deeper transformer: config, shapes of base and adapter."""
-    cfg = transformer_config({"transformer": small.COMMON | WIDE})
+    cfg = transformer_config({"transformer": small.COMMON | small.WIDE})
     shapes = jax.eval_shape(lambda k: transformer.init(cfg, k), jax.random.key(0))
     make = lambda k: adapters.init(k, shapes, 1, ("blocks/audio/ff/*",))
     return cfg, shapes, jax.eval_shape(make, jax.random.key(0))
@@ -191,7 +182,7 @@ def test_the_device_holds_two_layers_by_the_plan(train: bool):
 def temporaries(shapes: Tree) -> int:
     """Bytes beside the arguments of a training step, by XLA's plan."""
     lowered = traced(shapes, train=True).lower()
-    found: Any = lowered.compile(compiler_options=QUICK).memory_analysis()
+    found: Any = lowered.compile(compiler_options=small.QUICK).memory_analysis()
     return found.temp_size_in_bytes
 
 

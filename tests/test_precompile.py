@@ -7,7 +7,6 @@ import os
 import pathlib
 import subprocess
 import sys
-from typing import Any
 
 import latent_folder
 import pytest
@@ -17,7 +16,6 @@ from idlora_jax import fitting, precompile, sessions
 from idlora_jax.experiment import HeldOut, Lora, TrainConfig
 from idlora_jax.presets import tiny_train
 from idlora_jax.sample_config import Guidance
-from idlora_jax.weights import io
 
 ROOT = pathlib.Path(__file__).parents[1]
 COUNTING = """
@@ -32,19 +30,6 @@ finally:
     names = "cache_hits", "cache_misses"
     print(*(counts[f"/jax/compilation_cache/{name}"] for name in names))
 """
-
-
-@pytest.fixture(scope="module")
-def files(tiny_model, tmp_path_factory):
-    return sample_files.written(tiny_model, tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(io, "read_all", refuse)
 
 
 @pytest.fixture

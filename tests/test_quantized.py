@@ -23,15 +23,6 @@ from idlora_jax.types import Tree
 from idlora_jax.weights import networks
 
 LIKE = jnp.zeros(0, jnp.float8_e4m3fn)
-# Buffers are assigned before the machine code, which need not be good.
-QUICK: Any = {"xla_backend_optimization_level": 0}
-WIDE = {
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "cross_attention_dim": 128,
-    "audio_attention_head_dim": 64,
-    "audio_cross_attention_dim": 128,
-}
 
 
 @functools.cache
@@ -68,7 +59,7 @@ def compiled(base: Tree, lora: Tree) -> Any:
         return sum(jnp.mean(x**2) for x in out), out
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(lora, base)
-    return step.compile(compiler_options=QUICK)(lora, base)
+    return step.compile(compiler_options=small.QUICK)(lora, base)
 
 
 def test_a_layer_is_the_row_that_stands_for_it():
@@ -106,7 +97,7 @@ def test_kept_weights_give_the_velocities_and_gradients_of_widened_ones():
 @functools.cache
 def shapes() -> tuple[TransformerConfig, Tree, Tree, Tree]:
     """A wider transformer: config, plain and kept base, adapter."""
-    cfg = transformer_config({"transformer": small.COMMON | WIDE})
+    cfg = transformer_config({"transformer": small.COMMON | small.WIDE})
     base = jax.eval_shape(lambda k: transformer.init(cfg, k), jax.random.key(0))
     target = ("blocks/audio/ff/*",)
     like = jax.eval_shape(
@@ -139,7 +130,7 @@ def lowered(narrow: bool, remat: Any) -> Any:
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_backward_pass_saves_no_widened_weights(remat: Any):
-    compiled = lowered(True, remat).compile(compiler_options=QUICK)
+    compiled = lowered(True, remat).compile(compiler_options=small.QUICK)
     memory, leaves = compiled.memory_analysis(), jax.tree.leaves(shapes()[2]["blocks"])
     stack = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     assert memory is not None and memory.temp_size_in_bytes < 0.6 * stack

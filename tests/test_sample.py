@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import sample_files
 from sample_files import CONFIG, arguments, config, run
 
 from idlora_jax import (
@@ -33,19 +32,6 @@ from idlora_jax.weights import io
 from idlora_jax.weights.upsampler_files import save_upsampler
 
 RATE = 24000
-
-
-@pytest.fixture(scope="module")
-def files(tiny_model, tmp_path_factory):
-    return sample_files.written(tiny_model, tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(io, "read_all", refuse)
 
 
 def sound(path: pathlib.Path, wave: np.ndarray) -> pathlib.Path:

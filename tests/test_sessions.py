@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sample_files
 from sample_files import arguments, config, run
 
 from idlora_jax import (
@@ -37,11 +36,6 @@ from idlora_jax.types import AV
 from idlora_jax.weights import io, networks
 
 OFF = Guidance(video_cfg=1.0, audio_cfg=1.0, identity=0.0, stg=0.0, bimodal=1.0)
-
-
-@pytest.fixture(scope="module")
-def files(tiny_model, tmp_path_factory):
-    return sample_files.written(tiny_model, tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

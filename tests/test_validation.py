@@ -44,11 +44,6 @@ LAST, ENDS = "lora_weights_step_00002", ("", "_ema")
 MEDIA = ("wav", "png")
 
 
-@pytest.fixture(scope="module")
-def files(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return sample_files.written(tiny_model, tmp_path_factory.mktemp("inputs"))
-
-
 def clip(files: dict[str, Any], **changes: Any) -> SampleConfig:
     """Two steps of 9 frames, with identity guidance alone."""
     options = {"guidance": IDENTITY, "name": "anna"} | changes
@@ -228,14 +223,6 @@ def test_a_resumed_run_samples_what_is_lacking_and_nothing_twice(
     assert of(again, 1, "json", "_ema").is_file()
     assert adapters_of(again) == adapters_of(made.config)
     assert heldout(again) == heldout(made.config)
-
-
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **options: Any) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(io, "read_all", refuse)
 
 
 def with_clips(bare: TrainConfig, output: pathlib.Path, *clips: Any) -> TrainConfig:
