@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.backends.jax import hash_of
+from benchmarks.random_weights import hash_of
 from idlora_jax import config, tiny
 from idlora_jax.config import Generation
 from idlora_jax.config_text import TextEncoderConfig, text_encoder_config

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import cases, codecs, programs
+from benchmarks import cases, codecs, programs, random_weights
 from benchmarks.backends import jax as ours
 from benchmarks.backends import jax_training
 from benchmarks.configs import Size
@@ -44,11 +44,10 @@ class Part:
         name = jnp.dtype(self.dtype).name
         return cases.make(size or self.size, self.options.generation, name)
 
-    def base(self) -> Any:
-        """Random weights."""
-        return ours.random_base(
-            self.size.transformer(self.options.generation), self.dtype
-        )
+    def base(self, **how: Any) -> Any:
+        """Random weights; see `random_weights.base`."""
+        cfg = self.size.transformer(self.options.generation)
+        return random_weights.base(cfg, self.dtype, **how)
 
     @property
     def larger(self) -> Size:
@@ -129,9 +128,11 @@ def second_stage(part: Part) -> None:
     part.alone([dataclasses.replace(work, variant="stage 2, 3 steps")], goal="G4")
 
 
-def train(part: Part, batch: int, remats: tuple[jax_training.Remat, ...]) -> None:
+def train(
+    part: Part, batch: int, remats: tuple[jax_training.Remat, ...], **how: Any
+) -> None:
     """Training steps."""
-    base = part.base()
+    base = part.base(**how)
     case = cases.training(part.size, part.options.generation, batch)
     for remat in remats:
         work = jax_training.train(case, base, remat, part.dtype)
@@ -144,7 +145,7 @@ def train(part: Part, batch: int, remats: tuple[jax_training.Remat, ...]) -> Non
 def warm(part: Part) -> None:
     """Compiling again what other parts have compiled: from the folder they wrote."""
     case = part.case()
-    base = ours.shapes(case.cfg, part.dtype)
+    base = random_weights.shapes(case.cfg, part.dtype)
     batch = cases.training(part.size, part.options.generation)
     calls = {
         "step sweep": lambda: ours.step_call(case, base),
@@ -189,13 +190,25 @@ def small_two_stages(part: Part) -> None:
     part.alone([work], goal="G8", peak_gib=round(peak_bytes() / 2**30, 2))
 
 
-def absent(what: str) -> Callable[[Part], None]:
-    """A part for which the library has no setting."""
+def one_of(part: Part, name: str, **how: Any) -> None:
+    """One guided step with other weights."""
+    work = ours.step(part.case(), part.base(**how))
+    part.alone([dataclasses.replace(work, variant=name)], goal="G7")
 
-    def refuse(part: Part) -> None:
-        raise NotRun(f"this version of the library has no {what}")
 
-    return refuse
+def lighter(part: Part) -> None:
+    """The guided step with weights in int8 and with weights on the host, beside it with
+    plain ones on the device: ratios are to these."""
+    case, works = part.case(), []
+    kinds: dict[str, dict[str, Any]] = {
+        "step": {},
+        "step int8": {"int8": True},
+        "step streamed": {"weights_in": "host"},
+    }
+    for name, how in kinds.items():
+        work = ours.step(case, part.base(**how))
+        works.append(dataclasses.replace(work, variant=name))
+    part.alone(works, goal="G9, G7")
 
 
 PARTS: dict[str, Callable[[Part], None]] = {
@@ -208,8 +221,12 @@ PARTS: dict[str, Callable[[Part], None]] = {
     "decode": decode,
     "two stages in 46 GiB": small_two_stages,
     "train 4 in 78 GiB": lambda part: train(part, 4, ("full",)),
-    "int8": absent("weights in int8"),
-    "streamed": absent("weights kept on the host"),
+    "int8 in 22 GiB": lambda part: one_of(part, "step int8 in 22 GiB", int8=True),
+    "streamed in 12 GiB": lambda part: one_of(
+        part, "step streamed in 12 GiB", weights_in="host"
+    ),
+    "train 1 int8 in 31 GiB": lambda part: train(part, 1, ("full",), int8=True),
+    "lighter": lighter,
 }
 
 

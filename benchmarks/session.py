@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import ab, host, roofline
+from benchmarks import ab, host, random_weights, roofline
 from benchmarks.backends import diffusers, reference
 from benchmarks.backends import jax as ours
 from benchmarks.configs import SIZES, Size
@@ -83,7 +83,7 @@ class Weights:
     @staticmethod
     def _ours(cfg: Any, original: Any) -> Tree:
         if original is None:
-            return ours.random_base(cfg)
+            return random_weights.base(cfg)
         found = rules.import_(original, tables.TRANSFORMER)["transformer"]
         return jax.tree.map(jax.numpy.asarray, found)
 

@@ -223,8 +223,10 @@ def _kept(
 
 
 def _instantiated(slope: Any) -> Array:
-    zero = isinstance(slope, jax.custom_derivatives.SymbolicZero)
-    return jnp.zeros(slope.shape, slope.dtype) if zero else slope
+    if not isinstance(slope, jax.custom_derivatives.SymbolicZero):
+        return slope
+    aval: Any = slope
+    return jnp.zeros(aval.shape, aval.dtype)
 
 
 def _backward(

@@ -15,12 +15,10 @@ from benchmarks import programs
 from benchmarks.cases import Case
 from benchmarks.works import Outputs, Work
 from idlora_jax import denoise, guidance, pipeline, schedules, solvers
-from idlora_jax.config import TransformerConfig
 from idlora_jax.denoise import Mode
 from idlora_jax.guidance import Term
 from idlora_jax.model import transformer
 from idlora_jax.types import AV, Branch, Tree, each
-from idlora_jax.weights import rules
 
 NAME = "jax"
 SCALES = {"text": (3, 7), "identity": (0, 3), "stg": (1, 1), "bimodal": (3, 3)}
@@ -28,34 +26,6 @@ SCALES = {"text": (3, 7), "identity": (0, 3), "stg": (1, 1), "bimodal": (3, 3)}
 
 Variant = Literal["sweep", "batch", "pair", "separate", "five passes"]
 VARIANTS: tuple[Variant, ...] = ("sweep", "batch", "separate", "five passes")
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _drawn(key: Any, shape: tuple[int, ...], size: float, dtype: Any) -> Any:
-    """Normal numbers, one by one along the first axis, so that little is held."""
-    draw = lambda k: (size * jax.random.normal(k, shape[1:])).astype(dtype)
-    return jax.lax.map(draw, jax.random.split(key, shape[0]))
-
-
-def random_base(cfg: TransformerConfig, dtype: Any = jnp.float32) -> Tree:
-    """Weights where nobody else makes them: kernels of variance 1 / fan-in."""
-
-    def one(path: str, leaf: Any) -> Any:
-        kind, stacked = path.rpartition("/")[2], path.startswith("blocks/")
-        if kind in ("bias", "scale"):
-            return jnp.full(leaf.shape, float(kind == "scale"), leaf.dtype)
-        own = leaf.shape if stacked else (1, *leaf.shape)
-        size = 0.1 if kind.endswith("table") else float(own[1]) ** -0.5
-        key = jax.random.key(hash_of(path))
-        return _drawn(key, own, size, leaf.dtype).reshape(leaf.shape)
-
-    flat = rules.flatten(shapes(cfg, dtype))
-    return rules.nest({path: one(path, leaf) for path, leaf in flat.items()})
-
-
-def hash_of(text: str) -> int:
-    """A number that is the same in every run (Python's own hash of text is not)."""
-    return sum((n + 1) * ord(c) for n, c in enumerate(text)) % 2**31
 
 
 def terms(layer: int) -> tuple[Term, ...]:
@@ -76,12 +46,6 @@ def weights(own: tuple[Term, ...]) -> np.ndarray:
 def arrays(pair: AV) -> Outputs:
     """Results to be compared."""
     return {"video": np.asarray(pair.video), "audio": np.asarray(pair.audio)}
-
-
-def shapes(cfg: TransformerConfig, dtype: Any = jnp.float32) -> Tree:
-    """Of the weights: enough to compile, nothing is allocated."""
-    found = jax.eval_shape(lambda key: transformer.init(cfg, key), jax.random.key(0))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), found)
 
 
 def dtype_of(base: Tree) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from benchmarks import cases, programs
+from benchmarks import cases, programs, random_weights
 from benchmarks.backends import jax as ours
 from benchmarks.backends import jax_training
 from benchmarks.configs import Size
@@ -33,7 +33,7 @@ def deep(size: Size, layers: int) -> Size:
 def calls(size: Size, generation: Generation) -> dict[str, Callable[[], Call]]:
     """What makes each kind of program, of shapes of weights."""
     case = cases.make(size, generation)
-    base = ours.shapes(case.cfg)
+    base = random_weights.shapes(case.cfg)
     batch = cases.training(size, generation)
     return {
         "pass": lambda: ours.forward_call(case, base),

@@ -52,8 +52,10 @@ PARTS = (
     Part("decode", 30),
     Part("two stages in 46 GiB", 60, 46),
     Part("train 4 in 78 GiB", 60, 78),
-    Part("int8", 1),
-    Part("streamed", 1),
+    Part("int8 in 22 GiB", 45, 22),
+    Part("streamed in 12 GiB", 45, 12),
+    Part("lighter", 60),
+    Part("train 1 int8 in 31 GiB", 60, 31),
 )
 
 

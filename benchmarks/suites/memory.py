@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-from benchmarks import cases, programs
+from benchmarks import cases, programs, random_weights
 from benchmarks.backends import jax as ours
 from benchmarks.backends import jax_training
 from benchmarks.rows import Row
@@ -28,7 +28,7 @@ def rows(session: Session) -> Iterator[Row]:
     size, generation = options.size, options.generation
     case = cases.make(size, generation)
     batch = cases.training(size, generation)
-    base = ours.shapes(case.cfg)
+    base = random_weights.shapes(case.cfg)
     states = sum(s.x.shape[1] * m.width for s, m in _pairs(case))
 
     def row(variant: str, call: programs.Call) -> Row:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import cases, programs
+from benchmarks import cases, programs, random_weights
 from benchmarks.backends import jax as ours
 from benchmarks.configs import Size
 from benchmarks.rows import Row
@@ -39,7 +39,7 @@ def tokens(session: Session) -> list[Row]:
     """One pass of clips of several lengths: time over FLOPs must not change much."""
     options, works = session.options, []
     sizes = [longer(options.size, share) for share in SHARES]
-    base = ours.random_base(options.size.transformer(options.generation))
+    base = random_weights.base(options.size.transformer(options.generation))
     for size in sizes:
         case = cases.make(size, options.generation)
         work = ours.forward(case, base)
@@ -56,7 +56,7 @@ def steps(session: Session) -> list[Row]:
     """Sampling by few and many steps: the time of a step must be the same."""
     options, works = session.options, []
     case = cases.make(options.size, options.generation)
-    base = ours.random_base(case.cfg)
+    base = random_weights.base(case.cfg)
     for count in STEPS:
         run = ours.sampler(case, base, count)
         _, took = timed(run)  # compiles, and runs once
@@ -90,7 +90,7 @@ def with_adapters(session: Session) -> list[Row]:
     """One pass with none, one and several adapters, whose strength changes freely."""
     options, works = session.options, []
     case = cases.make(options.size, options.generation)
-    base = ours.random_base(case.cfg)
+    base = random_weights.base(case.cfg)
     draw = functools.partial(adapters.init, params=base, rank=options.size.rank)
     single = [draw(jax.random.key(n)) for n in range(max(ADAPTERS))]
     single = [jax.tree.map(lambda x: x + 0.01, one) for one in single]
@@ -122,7 +122,7 @@ def rows_of_batch(session: Session) -> list[Row]:
     """One pass of several samples at once."""
     options, works = session.options, []
     case = cases.make(options.size, options.generation)
-    base = ours.random_base(case.cfg)
+    base = random_weights.base(case.cfg)
     for count in ROWS:
         many = lambda x, n=count: jnp.concatenate([x] * n)
         streams, prompts = jax.tree.map(many, (case.streams, case.prompts))

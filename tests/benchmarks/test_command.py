@@ -124,8 +124,8 @@ def test_rows_are_found_among_what_a_part_prints():
 @pytest.mark.slow
 def test_parts_of_the_gpu_suite_run_at_a_tiny_size():
     words = ["gpu", "--tiny", "--rounds", "1"]
-    parts = tuple(p for p in gpu.PARTS if p.name in ("profile", "stage 2", "int8"))
+    names = "profile", "stage 2", "lighter"
+    parts = tuple(p for p in gpu.PARTS if p.name in names)
     found = gpu.run(command.options_of(arguments.read(words)), parts)
     states = {row.variant: row.status for row in found}
-    assert states.pop("int8") == "not run"
-    assert {*states.values()} == {"ok"} and len(states) == 5
+    assert {*states.values()} == {"ok"} and len(states) == 8

@@ -6,8 +6,7 @@ import functools
 import jax
 import pytest
 
-from benchmarks import cases, programs
-from benchmarks.backends import jax as ours
+from benchmarks import cases, programs, random_weights
 from benchmarks.backends import jax_training
 from benchmarks.configs import SIZES
 from benchmarks.suites import compiling, loading, scaling
@@ -43,7 +42,7 @@ def test_compiled_blocks_do_not_grow_with_the_layers():
 def test_programs_hold_no_copy_of_the_weights():
     """Of many layers, so that one layer is a small part of all."""
     deep = compiling.deep(TINY, 24)
-    weights = nbytes(ours.shapes(deep.transformer("2.0")))
+    weights = nbytes(random_weights.shapes(deep.transformer("2.0")))
     call = compiling.calls(deep, "2.0")["pass"]()
     found = programs.build(*call).facts
     assert 0 < (found.temp_bytes or 0) < weights / 4
@@ -51,7 +50,10 @@ def test_programs_hold_no_copy_of_the_weights():
 
 
 def test_training_needs_more_flops_than_two_passes():
-    case, base = cases.training(TINY, "2.0"), ours.shapes(TINY.transformer("2.0"))
+    case, base = (
+        cases.training(TINY, "2.0"),
+        random_weights.shapes(TINY.transformer("2.0")),
+    )
     call = jax_training.train_call(case, base, "full")
     found = programs.traced(*call)
     assert (found.flops or 0) > 2.5 * (facts("pass").flops or 0)
@@ -66,9 +68,9 @@ def test_facts_of_programs_add_up():
 
 def test_random_weights_have_the_shapes_and_are_all_finite():
     cfg = TINY.transformer("2.3")
-    made = ours.random_base(cfg)
+    made = random_weights.base(cfg)
     assert jax.tree.map(lambda x: x.shape, made) == jax.tree.map(
-        lambda x: x.shape, ours.shapes(cfg)
+        lambda x: x.shape, random_weights.shapes(cfg)
     )
     kernel = made["blocks"]["video"]["ff"]["up"]["kernel"]
     assert float(abs(kernel[0] - kernel[1]).max()) > 0, "layers differ"
