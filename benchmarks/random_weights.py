@@ -1,7 +1,7 @@
 """Random transformers: weights where nobody else makes them.
 
-    base(cfg, dtype, int8=..., weights_in=...) -> params, kernels of variance 1 / fan-in
-    shapes(cfg, dtype)                         -> their shapes: enough to compile
+base(cfg, dtype, int8=..., weights_in=...) -> params, kernels of variance 1 / fan-in
+shapes(cfg, dtype)                         -> their shapes: enough to compile
 """
 
 from __future__ import annotations
