@@ -14,7 +14,7 @@ import toy_training as toy
 
 from idlora_jax import adapters, losses, strategies, streams, training
 from idlora_jax.experiment import Strategy
-from idlora_jax.model import sweep, transformer
+from idlora_jax.model import conditions, rope, transformer
 from idlora_jax.types import Branch, each
 
 KEY = jax.random.key(3)
@@ -166,12 +166,14 @@ def test_the_loss_counts_every_token_alike():
 def test_valid_keys_come_first_and_padding_of_targets_last():
     for targets, refs in ((1, 1), (4, 3), (5, 0)):
         valid = np.arange(1, targets + 1)
-        m = transformer._dummy_modality(small.config("2.0"), "audio")[1]
+        m = transformer._dummy(small.config("2.0"), "audio")[2]
         tokens = targets + refs
         m = m._replace(
-            denoise=jnp.zeros((targets, tokens), bool), targets=jnp.asarray(valid)
+            ada=jnp.zeros((targets, 2, 6, 16)),
+            rope=rope.Rope(*[jnp.zeros((1, tokens, 2, 4))] * 2),
+            targets=jnp.asarray(valid),
         )
-        order = sweep._ordered(m, targets).order
+        order = conditions._ordered(m, targets).order
         at = np.arange(tokens)[None]
         padding = (at >= valid[:, None]) & (at < targets)
         want = np.argsort(padding, axis=1, stable=True)
@@ -179,7 +181,7 @@ def test_valid_keys_come_first_and_padding_of_targets_last():
             np.testing.assert_array_equal(order, want)
         else:
             assert order is None
-        lengths = sweep._lengths(m, targets, [True, False])
+        lengths = conditions._lengths(m, targets, [True, False])
         np.testing.assert_array_equal(lengths, [valid + refs, valid])
 
 
@@ -190,8 +192,8 @@ def test_nothing_is_reordered_where_sounds_have_one_length():
     inputs = strategies.prepare(drawn(made, [False, False]), made, SPEC)
     assert inputs.streams.audio.target_length is None
     assert inputs.streams.video.target_length is None
-    m = transformer._dummy_modality(small.config("2.0"), "audio")[1]
-    assert sweep._ordered(m, 1).order is None
+    m = transformer._dummy(small.config("2.0"), "audio")[2]
+    assert conditions._ordered(m, 1).order is None
 
 
 def test_a_padded_stream_is_cut_into_a_padded_target_and_its_reference():

@@ -34,8 +34,8 @@ def make(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     fits: list[int] = []
     watches: list[Watch | None] = []
 
-    def run(made: Any, inputs: Any, requests: Any, params: Any, watch: Any) -> Media:
-        count = len(made)
+    def run(made: Any, inputs: Any, requests: Any, params: Any, *rest: Any) -> Media:
+        count, watch = len(made), rest[0]
         watches.append(watch)
         for step in range(1, STEPS + 1):
             now = latents(count, step)

@@ -46,7 +46,8 @@ def test_programs_hold_no_copy_of_the_weights():
     call = compiling.calls(deep, "2.0")["pass"]()
     found = programs.build(*call).facts
     assert 0 < (found.temp_bytes or 0) < weights / 4
-    assert (found.arg_bytes or 0) > weights
+    # All of them but the projection of prompts, which `prepare` reads.
+    assert (found.arg_bytes or 0) > 0.99 * weights
 
 
 def test_training_needs_more_flops_than_two_passes():
