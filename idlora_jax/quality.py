@@ -9,7 +9,7 @@ An error is relative: the root mean square of the difference over that of the va
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from idlora_jax import quantized
 from idlora_jax.types import AV, Tree, each
 
 
+@runtime_checkable
 class Step(Protocol):
     """What is seen after a step, such as `pipeline.Seen`."""
 

@@ -84,7 +84,7 @@ def take(
     whole = out.shape[1:] == inner
     if not shape or (whole and ranges[0].step == 1):
         file.fill(out, start + (ranges[0].start * row if shape else 0))
-    elif row > _LONG_ROW:
+    elif inner and row > _LONG_ROW:
         for index, part in zip(ranges[0], out, strict=True):
             take(file, part, ranges[1:], inner, start + index * row)
     else:
