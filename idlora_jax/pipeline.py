@@ -175,7 +175,8 @@ def denoiser(
         dtype: what the transformer computes in; the sampler's state is float32.
         backend: see `model.attention.attend`.
         mesh: see `model.transformer.apply`.
-        text_kv: see `savings`; where the noise level modulates text (2.3), "shared".
+        text_kv: see `savings`; "shared" where the noise level modulates text (2.3), and
+            in stages without guidance, whose few passes are not worth the memory.
         without: savings that are switched off.
 
     Raises:
@@ -193,7 +194,8 @@ def denoiser(
 
     read = prompts[:need]
     texts = tuple(Prompt(cast(p.video), cast(p.audio), p.mask) for p in read)
-    cached = text_kv == "cached" and not cfg.text_adaln and "text_kv" not in without
+    fixed = bool(stage.terms) and not cfg.text_adaln
+    cached = text_kv == "cached" and fixed and "text_kv" not in without
     options: dict[str, Any] = {"numerics": numerics, "text_kv": cached}
     return denoise.make_denoiser(
         network(cfg, dtype, backend, mesh, numerics, without),

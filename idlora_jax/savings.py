@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Literal
 
 TextKV = Literal["cached", "shared"]
-"""Whether keys and values of prompts are made once for all steps of a stage, in all
-layers (2.0; 1.2 GB a prompt at full size), or once a step and layer."""
+"""Whether keys and values of prompts are made once for all steps of a guided stage, in
+all layers (2.0; 1.2 GB a prompt at full size), or once a step and layer."""
 
 Saving = Literal[
     "text_kv",

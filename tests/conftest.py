@@ -5,10 +5,10 @@ Hypothesis tries the same examples in every run; HYPOTHESIS_PROFILE=new tries ne
 
 import os
 
+import quick_compile
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of what these tests cost, and their arrays are tiny: LLVM's
-# optimiser would take longer than it saves.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", quick_compile.FLAGS)
 # Nor are the compiled programs of tests kept in the user's cache folder.
 os.environ["IDLORA_PROGRAM_CACHE"] = "off"
 

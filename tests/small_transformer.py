@@ -50,8 +50,6 @@ WIDE: dict[str, Any] = {
     "audio_cross_attention_dim": 128,
 }
 """Weights that are most of what a program holds."""
-QUICK: Any = {"xla_backend_optimization_level": 0}
-"""Options of a compiler whose buffers matter and whose machine code does not."""
 SECTIONS = {"2.0": COMMON, "2.3": COMMON | NEWER}
 GRID = geometry.video_grid(9, 64, 32, 25.0)
 SOUND = AudioGrid(5)

@@ -17,12 +17,12 @@ from typing import Any
 import latent_folder
 import numpy as np
 import pytest
+from quick_compile import FLAGS
 from train_script import ROOT, lines, wait_for_line
 
 from idlora_jax import distributed, states
 from idlora_jax.settings import Distributed, UsageError
 
-FLAGS = "--xla_backend_optimization_level=0"
 TWO_DEVICES = f"{FLAGS} --xla_force_host_platform_device_count=2"
 STEPS, STOP = 10, 3
 

@@ -89,10 +89,10 @@ def test_a_full_size_run_is_looked_at_without_any_file(path, monkeypatch, tmp_pa
     assert number(text, "transformer") == size[config.generation]
     rank = config.lora.rank / 128
     assert number(text, "trained") == pytest.approx(578.81 * rank, abs=0.01)
-    # What the description promises is what the plan says.
+    # What the description promises is what the plan says, whatever jax's version.
     promised = re.search(r"Hardware: (\d+) GB", path.read_text())
     peak = max(float(n) for n in re.search(r"^together(.*)$", text, re.M)[1].split())
-    assert promised is not None and peak <= int(promised[1]) <= peak + 2
+    assert promised is not None and peak <= int(promised[1]) <= peak + 3
     assert [*tmp_path.iterdir()] == []
 
 
@@ -160,6 +160,7 @@ def test_time_is_given_for_stated_hardware_alone(tiny_run):
     assert 10 < float(work[1]) < 1e4
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_told_last(tiny_run):
     settings = {"batch_size": 1, "optimizer": Optimizer(name="lion")}
     small = dataclasses.replace(

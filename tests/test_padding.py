@@ -124,6 +124,7 @@ def test_what_stands_in_the_padding_changes_no_bit(generation):
                 )
 
 
+@pytest.mark.slow
 def test_a_padded_sample_is_learnt_as_if_it_were_alone():
     cfg, base, made = small.config("2.0"), small.base("2.0"), batch("2.0")
     apply = transformer.bind(cfg, remat="none")

@@ -171,6 +171,7 @@ def guided(mode: denoise.Mode, **changes: Any) -> AV:
     return guided_step(d, noisy, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pair", "batch"])
 def test_a_guided_step_in_pairs_or_one_batch_equals_the_sweep(mode: denoise.Mode):
     close(guided(mode), guided("sweep"))
@@ -333,6 +334,7 @@ def two(seeds: tuple[int, int] = (0, 5)) -> Request:
     return jax.tree.map(lambda *x: jnp.concatenate(x), *map(ask, seeds))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "res2s"])
 def test_with_a_key_per_sample_company_changes_nothing(solver: str):
     stage = dataclasses.replace(only(**TEXT_ONLY), solver=solver)
@@ -360,6 +362,7 @@ def test_a_solver_and_levels_of_ones_own_need_no_name(traces: list[int], usual: 
     assert len(traces) == before
 
 
+@pytest.mark.slow
 def test_scales_may_be_mapped_over(usual: AV):
     def run(scale: Any) -> AV:
         return sample(only(**FULL | {"identity": scale}))
@@ -369,6 +372,7 @@ def test_scales_may_be_mapped_over(usual: AV):
     close(each(lambda x: x[1], found), run(1.0))
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_reference_and_remat_changes_nothing():
     request = ask()
 

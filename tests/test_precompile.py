@@ -66,6 +66,7 @@ def test_all_parts_of_sampling_are_compiled_and_nothing_is_written(
     assert all(row.arguments > 0 and row.results > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_evaluation_and_a_step_of_training_are_compiled(no_weights, train, mode):
     plan = fitting.plan(dataclasses.replace(train, mode=mode))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_compile
 import small_transformer as small
 from small_transformer import TARGETS, close, levels, pair, prompt
 
@@ -59,7 +60,7 @@ def compiled(base: Tree, lora: Tree) -> Any:
         return sum(jnp.mean(x**2) for x in out), out
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(lora, base)
-    return step.compile(compiler_options=small.QUICK)(lora, base)
+    return step.compile(compiler_options=quick_compile.OPTIONS)(lora, base)
 
 
 def test_a_layer_is_the_row_that_stands_for_it():
@@ -80,6 +81,7 @@ def test_a_layer_is_the_row_that_stands_for_it():
     np.testing.assert_array_equal(quantized.layer(bare, jnp.asarray(3)), [5, 6, 7, 8])
 
 
+@pytest.mark.slow
 def test_kept_weights_give_the_velocities_and_gradients_of_widened_ones():
     base = kept()
     like = jax.eval_shape(lambda k: adapters.init(k, base, 2), jax.random.key(0))
@@ -130,7 +132,7 @@ def lowered(narrow: bool, remat: Any) -> Any:
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_backward_pass_saves_no_widened_weights(remat: Any):
-    compiled = lowered(True, remat).compile(compiler_options=small.QUICK)
+    compiled = lowered(True, remat).compile(compiler_options=quick_compile.OPTIONS)
     memory, leaves = compiled.memory_analysis(), jax.tree.leaves(shapes()[2]["blocks"])
     stack = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     assert memory is not None and memory.temp_size_in_bytes < 0.6 * stack

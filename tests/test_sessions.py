@@ -129,6 +129,7 @@ def test_samples_of_other_shapes_pass_alone(quick, files, tmp_path):
     assert quick == [2, 1, 1]
 
 
+@pytest.mark.slow
 def test_samples_in_a_batch_have_the_numbers_they_have_alone(loaded, files, tmp_path):
     changes = {"guidance": OFF, "steps": 1, "reference_audio": (), "first_frame": None}
     configs = several(files, tmp_path / "out", THREE[:2], **changes)

@@ -77,6 +77,7 @@ def test_text_to_video_without_sound_reads_none():
     assert fitting.folders(silent) == (latents.VIDEO, latents.TEXT)
 
 
+@pytest.mark.slow
 def test_both_references_train_and_the_adapter_says_how(config: TrainConfig):
     spec = Strategy(
         name="audio_video_ic", negative_video=True, gap_s=0.5, reference_p_drop=0.5

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick_compile
 import small_transformer as small
 import toy_training as toy
 
@@ -288,6 +289,7 @@ def real_inputs(task: training.Task) -> Any:
     return strategies.prepare(draws, batch, task.spec)
 
 
+@pytest.mark.slow
 def test_dropout_leaves_out_inputs_of_the_adapter_in_training_alone():
     adapter = small.random_like(
         jax.eval_shape(
@@ -310,6 +312,7 @@ def test_dropout_leaves_out_inputs_of_the_adapter_in_training_alone():
     assert jax.tree.structure(losses[0][1]) == jax.tree.structure(adapter)
 
 
+@pytest.mark.slow
 def test_every_parameter_is_trained_in_mode_full():
     base = jax.tree.map(jnp.copy, small.base("2.0"))
     task = real_task(remat="none", scanned=("params",))
@@ -403,9 +406,8 @@ def test_the_backward_pass_never_copies_the_weight_stack(remat: Any):
         return training.loss(task, base, adapter, inputs)[0]
 
     # Buffers are assigned before the machine code, which need not be good.
-    quick = {"xla_backend_optimization_level": 0}
     lowered = jax.jit(jax.grad(loss)).lower(adapter, base)
-    memory = lowered.compile(compiler_options=quick).memory_analysis()
+    memory = lowered.compile(compiler_options=quick_compile.OPTIONS).memory_analysis()
     stack = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base["blocks"]))
     assert memory is not None
     assert memory.temp_size_in_bytes < stack / 2

@@ -144,7 +144,7 @@ def test_a_mesh_divides_clips_weights_and_state(tiny_model):
     four = phases(run)["training step"]
     assert four["transformer"] < 0.5 * one["transformer"]
     assert four["batch"] == one["batch"] // 2
-    assert four["work"] < 0.7 * one["work"]
+    assert four["work"] < 0.75 * one["work"]
     for name in ("adapter", "gradients", "optimizer"):
         assert 0.2 * one[name] < four[name] < 0.7 * one[name]
 

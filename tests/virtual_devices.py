@@ -9,6 +9,8 @@ import subprocess
 import sys
 from typing import Any
 
+import quick_compile
+
 TESTS = pathlib.Path(__file__).parent
 DUMP = "dump"
 
@@ -26,7 +28,7 @@ def seen(
         timeout: seconds.
     """
     flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+        f"--xla_force_host_platform_device_count=8 {quick_compile.FLAGS} "
         f"--xla_dump_to={folder / DUMP} --xla_dump_hlo_module_re={module}"
     )
     done = subprocess.run(

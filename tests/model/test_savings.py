@@ -59,6 +59,7 @@ def same(got: tuple[AV, ...], want: tuple[AV, ...], mode: str = "sweep") -> None
         close(cut(g, counts), cut(w, counts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @generations
 def test_all_savings_together_change_nothing(generation: str, mode: str):

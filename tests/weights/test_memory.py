@@ -106,6 +106,7 @@ def test_a_conversion_holds_far_less_than_its_file(tmp_path):
     assert sum(file.stat().st_size for file in made.iterdir()) > size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["file", "folder"])
 def test_loading_holds_the_parameters_and_one_stacked_tensor(tmp_path, form):
     path = tmp_path / "narrow.safetensors"
