@@ -420,7 +420,7 @@ def iterate(
     denoise, table, state, rows = _start(
         denoise, solver, sigmas, streams, draws, weights
     )
-    calls = len(table.step)
+    calls, state = len(table.step), programs.beside(state, denoise)
     for i in range(calls):
         row = jax.tree.map(lambda a, i=i: a[i], rows)
         state, seen = _one(denoise, solver.step, streams, state, row)

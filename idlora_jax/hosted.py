@@ -52,7 +52,8 @@ def chosen(path: str, shape: tuple[int, ...]) -> bool:
     return path.startswith("blocks/") and path.endswith(_ENDS) and len(shape) == 3
 
 
-def _to_host(sharding: Any) -> Any:
+def on_host(sharding: Any) -> Any:
+    """The same division over devices, in host memory."""
     return sharding.with_memory_kind(KIND)
 
 
@@ -66,16 +67,14 @@ def placement(inner: Placement | None) -> Placement:
     def where(path: str, shape: tuple[int, ...]) -> Sharding:
         own = SingleDeviceSharding(jax.devices()[0])
         found = own if inner is None else inner(path, shape)
-        return _to_host(found) if chosen(path, shape) else found
+        return on_host(found) if chosen(path, shape) else found
 
     return where
 
 
 def like(path: str, shape: Shape) -> Shape:
-    """The shape of a parameter of the transformer, marked if it is on the host."""
-    if not chosen(path, shape.shape):
-        return shape
-    return shape.update(sharding=_to_host(SingleDeviceSharding(jax.devices()[0])))
+    """The shape of a parameter of the transformer that says where it is."""
+    return shape.update(sharding=placement(None)(path, shape.shape))
 
 
 def is_host(x: Any) -> bool:

@@ -25,6 +25,7 @@ from idlora_jax import (
     adapters,
     fitting,
     heldout,
+    hosted,
     jobs,
     optimizers,
     outlines,
@@ -53,6 +54,7 @@ def _placed(params: Mapping[str, Tree], mesh: Mesh | None) -> dict[str, Tree]:
     def one(name: str, keys: Any, leaf: Any) -> Any:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         place = parallel.sharding(mesh, f"{name}/{path}", leaf.shape)
+        place = hosted.on_host(place) if hosted.is_host(leaf) else place
         return Shape(leaf.shape, leaf.dtype, sharding=place)
 
     return {

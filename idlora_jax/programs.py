@@ -25,6 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct as Shape
+from jax.sharding import SingleDeviceSharding
+
+from idlora_jax import hosted
 
 GB = 1e9
 
@@ -73,7 +76,8 @@ def _is_shape(leaf: Any) -> bool:
 def _signature(leaf: Any) -> Hashable:
     """What of an argument decides what is compiled."""
     if _is_shape(leaf) or isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        return leaf.shape, np.dtype(leaf.dtype) if _plain(leaf) else leaf.dtype
+        dtype = np.dtype(leaf.dtype) if _plain(leaf) else leaf.dtype
+        return leaf.shape, dtype, hosted.is_host(leaf)
     return leaf if callable(leaf) or _is_hashable(leaf) else id(leaf)
 
 
@@ -93,13 +97,47 @@ def _is_held(leaf: Any) -> bool:
     """Whether an argument holds what is made of it to its devices."""
     if _is_shape(leaf):
         return leaf.sharding is not None
-    return isinstance(leaf, jax.Array) and leaf.committed
+    traced = isinstance(leaf, jax.core.Tracer)
+    return isinstance(leaf, jax.Array) and not traced and leaf.committed
+
+
+def beside(tree: Any, other: Any) -> Any:
+    """A tree's arrays on the device that holds something of another tree, if one does.
+
+    A loop's state is put there before its first step: what a step gives is there, and
+    a second step would be compiled again for it.
+
+    Args:
+        tree: small arrays.
+        other: arrays or shapes; those on several devices hold nothing here.
+    """
+    held = (x.sharding for x in jax.tree.leaves(other) if _is_held(x))
+    place = next(held, None)
+    if not isinstance(place, SingleDeviceSharding):
+        return tree
+    return jax.device_put(tree, next(iter(place.device_set)))
 
 
 def _zeros(like: Any, place: Any, *, held: bool) -> Any:
     if not _plain(like):
         return jax.random.wrap_key_data(jnp.zeros((*like.shape, 2), jnp.uint32))
     return jax.device_put(np.zeros(like.shape, like.dtype), place if held else None)
+
+
+def _lowered(leaves: Sequence[Any]) -> list[Any]:
+    """Arguments to trace with: a shape does not tell a trace that it is on the host, as
+    an array does. One of each kind stands for all."""
+    made: dict[Hashable, Any] = {}
+
+    def one(leaf: Any) -> Any:
+        if not (_is_shape(leaf) and hosted.is_host(leaf)):
+            return leaf
+        key = leaf.shape, leaf.dtype, leaf.sharding
+        if key not in made:
+            made[key] = _zeros(leaf, leaf.sharding, held=True)
+        return made[key]
+
+    return [*map(one, leaves)]
 
 
 class Program:
@@ -133,6 +171,7 @@ class Program:
         key = structure, tuple(map(_signature, leaves))
         if key not in self._done:
             clock = [time.perf_counter()]
+            args, named = jax.tree.unflatten(structure, _lowered(leaves))
             lowered = self._jitted.lower(*args, **named)
             clock.append(time.perf_counter())
             made = lowered.compile()

@@ -20,7 +20,7 @@ from idlora_jax.config import TransformerConfig, transformer_config
 from idlora_jax.model import transformer
 from idlora_jax.quantized import Int8
 from idlora_jax.types import Branch, Skip, Tree
-from idlora_jax.weights import int8
+from idlora_jax.weights import int8, networks
 
 SKIP = (Skip(), Skip(video_self=True))
 BRANCHES = (Branch(), Branch(use_ref=False), Branch(skip=SKIP))
@@ -260,3 +260,17 @@ def test_only_kernels_of_blocks_are_moved():
     assert hosted.is_host(fp8.values) and not hosted.is_host(fp8.wide)
     assert quantized.any_in(tree) and hosted.any_in(tree)
     assert LAYERS == fp8.shape[0]
+
+
+@pytest.mark.parametrize("weights", ["upcast", "int8"])
+def test_what_is_loaded_says_in_a_trace_where_it_is(weights: Any, tiny_model: Any):
+    options: Any = {"weights": weights, "weights_in": "host"}
+    _, params = networks.load(tiny_model[0], ("transformer",), **options)
+    flat = jax.tree_util.tree_leaves_with_path(params["transformer"])
+    there: list[bool] = []
+    look = lambda leaves: there.extend(map(hosted.is_host, leaves))
+    jax.jit(look).trace([leaf for _, leaf in flat])
+    end = "/kernel" if weights == "upcast" else "/kernel/values"
+    paths = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in flat]
+    want = [path.startswith("blocks/") and path.endswith(end) for path in paths]
+    assert there == want and any(want)

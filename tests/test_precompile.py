@@ -93,9 +93,10 @@ def counted(cache: pathlib.Path, *command: str) -> tuple[list[str], int, int]:
 
 
 @pytest.mark.slow
-def test_the_run_after_precompiling_compiles_nothing(files, tmp_path):
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_the_run_after_precompiling_compiles_nothing(where, files, tmp_path):
     config = sample_files.config(files, tmp_path / "out")
-    command = ["sample.py", *sample_files.arguments(config)]
+    command = ["sample.py", *sample_files.arguments(config), "--weights-in", where]
     lines, _, before = counted(tmp_path, *command, "--precompile")
     assert any(line.startswith("sampler step") for line in lines) and before > 20
     lines, hits, misses = counted(tmp_path, *command)

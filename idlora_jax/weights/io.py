@@ -177,6 +177,9 @@ def _placed(leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax
         own = (SingleDeviceSharding(device, **kind) for device in devices)
         put = [jax.device_put(part, place) for place in own]
         arrays += jax.block_until_ready(put)
+    if isinstance(sharding, SingleDeviceSharding):
+        # Made again of itself, it would forget that it is in host memory.
+        return arrays[0]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
