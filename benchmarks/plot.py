@@ -15,7 +15,8 @@ Found = dict[str, Any]
 
 def _bars(axes: Any, found: list[Found], value: str, title: str) -> None:
     names = [
-        f"{r['backend']} {r['variant']}\n{r['config']} {r['suite']}" for r in found
+        f"{r['backend']} {r['variant']}\n{r['config']} {r['generation']} {r['suite']}"
+        for r in found
     ]
     axes.barh(range(len(found)), [r[value] for r in found])
     axes.set_yticks(range(len(found)), names, fontsize=6)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct as Shape
+from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 
 from idlora_jax import hosted
@@ -97,7 +98,7 @@ def _is_held(leaf: Any) -> bool:
     """Whether an argument holds what is made of it to its devices."""
     if _is_shape(leaf):
         return leaf.sharding is not None
-    traced = isinstance(leaf, jax.core.Tracer)
+    traced = isinstance(leaf, Tracer)
     return isinstance(leaf, jax.Array) and not traced and leaf.committed
 
 
