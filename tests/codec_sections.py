@@ -205,3 +205,15 @@ LTX_2_3: Section = {
         },
     },
 }
+
+UPSAMPLER = {
+    "in_channels": 128,
+    "mid_channels": 32,
+    "num_blocks_per_stage": 1,
+    "dims": 3,
+    "spatial_upsample": True,
+    "temporal_upsample": False,
+    "spatial_scale": 2.0,
+    "rational_resampler": False,
+}
+"""A small latent upsampler, to twice the sides."""

@@ -75,3 +75,18 @@ def no_weights(monkeypatch):
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(io, "read_all", refuse)
+
+
+@pytest.fixture(scope="session")
+def larger(tmp_path_factory):
+    """A latent upsampler of random weights, as an original file."""
+    import codec_sections
+
+    from idlora_jax.config_upsampler import upsampler_config
+    from idlora_jax.model import upsampler
+    from idlora_jax.weights.upsampler_files import save_upsampler
+
+    cfg = upsampler_config(codec_sections.UPSAMPLER)
+    path = tmp_path_factory.mktemp("upsampler") / "x2.safetensors"
+    save_upsampler(path, cfg, upsampler.init(cfg, jax.random.key(0)))
+    return path

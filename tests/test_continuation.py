@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_transformer as small
-from codec_sections import TINY_VIDEO, audio_section
+from codec_sections import TINY_VIDEO, UPSAMPLER, audio_section
 from small_transformer import draw, prompt
 
 from idlora_jax import codecs, continuation, geometry, media, pipeline, plans
@@ -22,16 +22,6 @@ from idlora_jax.model import audio_vae, upsampler, video_vae
 from idlora_jax.types import AV, Layout
 
 RATE = 24000
-UPSAMPLER = {
-    "in_channels": 128,
-    "mid_channels": 32,
-    "num_blocks_per_stage": 1,
-    "dims": 3,
-    "spatial_upsample": True,
-    "temporal_upsample": False,
-    "spatial_scale": 2.0,
-    "rational_resampler": False,
-}
 SOUND = audio_section(ch=128, mel_bins=64, z_channels=8)
 """As wide as the transformer reads: 8 channels of 16 bins."""
 NETS = dataclasses.replace(

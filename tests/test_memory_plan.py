@@ -24,15 +24,12 @@ from idlora_jax import (
     pipeline,
     plans,
 )
-from idlora_jax.config_upsampler import upsampler_config
 from idlora_jax.jobs import Inputs, Job
 from idlora_jax.memory import Device
-from idlora_jax.model import upsampler
 from idlora_jax.outlines import Asked
 from idlora_jax.phases import MemoryPlan, Phase
 from idlora_jax.sample_config import Guidance, SampleConfig
 from idlora_jax.weights import io, networks
-from idlora_jax.weights.upsampler_files import save_upsampler
 
 CPU = Device("cpu")
 LAYOUT = pipeline.clip(33, 256, 256)
@@ -41,25 +38,6 @@ FILES = {
     "19b": ("ltx-2-19b-dev", "ltx-2-spatial-upscaler-x2-1.0"),
     "22b": ("ltx-2.3-22b-dev", "ltx-2.3-spatial-upscaler-x2-1.1"),
 }
-
-
-@pytest.fixture(scope="module")
-def larger(tmp_path_factory):
-    """A latent upsampler of random weights, as an original file."""
-    section = {
-        "in_channels": 128,
-        "mid_channels": 32,
-        "num_blocks_per_stage": 1,
-        "dims": 3,
-        "spatial_upsample": True,
-        "temporal_upsample": False,
-        "spatial_scale": 2.0,
-        "rational_resampler": False,
-    }
-    cfg = upsampler_config(section)
-    path = tmp_path_factory.mktemp("upsampler") / "x2.safetensors"
-    save_upsampler(path, cfg, upsampler.init(cfg, jax.random.key(0)))
-    return path
 
 
 @pytest.fixture(scope="module")

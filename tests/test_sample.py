@@ -23,13 +23,10 @@ from idlora_jax import (
     trajectories,
 )
 from idlora_jax.checkpoints import AdapterMeta
-from idlora_jax.config_upsampler import upsampler_config
-from idlora_jax.model import upsampler
 from idlora_jax.pipeline import Media
 from idlora_jax.sample_config import Guidance, SampleConfig
 from idlora_jax.types import AV
 from idlora_jax.weights import io
-from idlora_jax.weights.upsampler_files import save_upsampler
 
 RATE = 24000
 
@@ -262,25 +259,6 @@ def test_a_clip_end_to_end(monkeypatch, capsys, files, tmp_path):
     assert (tmp_path / "third.wav").read_bytes() == waves["again"]
 
 
-@pytest.fixture(scope="module")
-def refining(tmp_path_factory):
-    """A latent upsampler of random weights, as an original file."""
-    section = {
-        "in_channels": 128,
-        "mid_channels": 32,
-        "num_blocks_per_stage": 1,
-        "dims": 3,
-        "spatial_upsample": True,
-        "temporal_upsample": False,
-        "spatial_scale": 2.0,
-        "rational_resampler": False,
-    }
-    cfg = upsampler_config(section)
-    path = tmp_path_factory.mktemp("upsampler") / "x2.safetensors"
-    save_upsampler(path, cfg, upsampler.init(cfg, jax.random.key(0)))
-    return path
-
-
 @pytest.mark.parametrize(
     ("plan", "strengths"),
     [
@@ -289,9 +267,9 @@ def refining(tmp_path_factory):
     ],
 )
 def test_a_refining_plan_uses_its_files_in_their_stages(
-    files, refining, tmp_path, plan, strengths
+    files, larger, tmp_path, plan, strengths
 ):
-    given = {"plan": plan, "upsampler": refining, "distilled_lora": files["lora"]}
+    given = {"plan": plan, "upsampler": larger, "distilled_lora": files["lora"]}
     job, inputs = sampling.check(config(files, tmp_path, lora_strength=(0.5,), **given))
     assert job.nets.upsampler is not None and len(inputs.adapters) == 2
     entry = sampling.record(job, result(), {})
@@ -307,13 +285,13 @@ def test_a_refining_plan_asks_for_its_files(files, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", jobs.PLANS)
 def test_every_plan_gives_in_python_what_the_command_gives(
-    monkeypatch, files, refining, tmp_path, plan
+    monkeypatch, files, larger, tmp_path, plan
 ):
     """The command goes step by step, Python all at once: one body, equal latents."""
-    given = {"plan": plan, "upsampler": refining, "distilled_lora": files["lora"]}
+    given = {"plan": plan, "upsampler": larger, "distilled_lora": files["lora"]}
     scales = Guidance(identity=0.0, stg=0.0, bimodal=1.0)
     c = config(files, tmp_path, guidance=scales, **given)
-    extra = ["--plan", plan, "--upsampler", str(refining), "--save-trajectory"]
+    extra = ["--plan", plan, "--upsampler", str(larger), "--save-trajectory"]
     extra += ["--distilled-lora", str(files["lora"]), "--no-contact-sheet"]
     extra += ["--guidance.identity", "0", "--guidance.stg", "0"]
     extra += ["--guidance.bimodal", "1"]
