@@ -12,6 +12,7 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
+import new_arrays
 import numpy as np
 import pytest
 import sparse_files
@@ -241,18 +242,14 @@ def change(tiny_model):
     return jax.tree.map(lambda x: jnp.full(x.shape, 0.05), lora)
 
 
-def bytes_on_devices() -> int:
-    return sum(x.nbytes for x in jax.live_arrays())
-
-
 def test_prompts_are_equal_bit_by_bit_made_kept_and_read(
     config, nets, change, monkeypatch
 ):
     base, text_encoder = config.base, config.text_encoder
-    before = bytes_on_devices()
+    left = new_arrays.since_now()
     first = prompt_cache.encoded(config, nets, [*TEXTS, TEXTS[0]], note=never)
     # Results are in host memory, so that nothing at all is left.
-    assert bytes_on_devices() == before
+    assert not left()
     merged = prompt_cache.encoded(config, nets, TEXTS[:1], [change], note=never)
     assert len(files_in(config.text_cache)) == 3
     _, params = networks.load(
