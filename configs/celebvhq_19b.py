@@ -3,7 +3,7 @@
 Origin: ID-LoRA/configs/training_celebvhq.yaml (arXiv 2603.10256): rank = alpha = 128,
 18 modules a layer, 6000 steps of 4 clips of 121 frames at 512 x 512, AdamW (there in 8
 bits) at 2e-4 falling to a tenth. The data set has 2963 pairs.
-Hardware: 64 GB of a device's memory by the plan of --dry-run, so one of 80 GB. Not run
+Hardware: 63 GB of a device's memory by the plan of --dry-run, so one of 80 GB. Not run
 by us: no expected loss.
 
     python train.py --config configs/celebvhq_19b.py --base ltx-2-19b-dev.safetensors \

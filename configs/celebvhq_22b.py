@@ -5,7 +5,7 @@ from that of LTX-2 in the base alone; noise levels are drawn by the sampler of 2
 its trainer does. 3000 steps, since the published adapters were trained for so many
 (their README; the YAML says 6000). Text features are those of 2.3: preprocess the clips
 with this base.
-Hardware: 68 GB of a device's memory by the plan of --dry-run, so one of 80 GB. Not run
+Hardware: 67 GB of a device's memory by the plan of --dry-run, so one of 80 GB. Not run
 by us: no expected loss.
 
     python train.py --config configs/celebvhq_22b.py \

@@ -62,25 +62,51 @@ def policies(tiny_model: Any) -> dict[str, Outline]:
     return {r: outline(tiny_model, remat=r) for r in POLICIES}
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_model: Any) -> dict[str, Outline]:
+    """The same with all scores of an attention at once."""
+    off: Any = {"without": ("chunked_attention",)}
+    return {r: outline(tiny_model, remat=r, **off) for r in POLICIES}
+
+
+@pytest.mark.parametrize("chunks", [True, False])
 @pytest.mark.parametrize("remat", POLICIES)
-def test_the_estimate_of_a_step_is_near_what_xla_says_of_each_policy(policies, remat):
-    run = policies[remat]
+def test_the_estimate_of_a_step_is_near_what_xla_says_of_each_policy(
+    policies, whole, remat, chunks
+):
+    run = (policies if chunks else whole)[remat]
     estimate = liveness.temporary(run.step, donated=len(jax.tree.leaves(run.state)))
     step = training.make_train_step(run.task, run.tx, jax.random.key(0))
     args = run.state, run.frozen, run.batch(2)
     exact: Any = step.lower(*args).compile().memory_analysis()  # pyright: ignore
     assert exact.alias_size_in_bytes == memory.size(run.state)
-    assert 0.8 * exact.temp_size_in_bytes <= estimate <= 1.6 * exact.temp_size_in_bytes
+    # Loops over chunks keep more on a CPU than is counted.
+    least = 0.8 if chunks else 0.9
+    assert (
+        least * exact.temp_size_in_bytes <= estimate <= 1.6 * exact.temp_size_in_bytes
+    )
 
 
-def test_a_lighter_policy_needs_less_and_does_more(policies):
-    runs = policies.values()
-    needed = [phases(run)["training step"]["work"] for run in runs]
+def needs(runs: dict[str, Outline]) -> list[int]:
+    return [phases(run)["training step"]["work"] for run in runs.values()]
+
+
+def test_a_lighter_policy_needs_less_and_does_more(whole):
+    needed = needs(whole)
     assert needed == sorted(needed, reverse=True) and needed[0] > 2 * needed[2]
-    work = [flops.count(run.step) for run in runs]
-    # A forward pass is a third of a step; attention in chunks makes its scores again
-    # within a layer that is computed again, too.
-    assert work == sorted(work) and 1.2 * work[0] < work[2] < 1.6 * work[0]
+    work = [flops.count(run.step) for run in whole.values()]
+    # A forward pass is a third of a step.
+    assert work == sorted(work) and 1.2 * work[0] < work[2] < 1.5 * work[0]
+
+
+def test_chunks_of_attention_need_less_and_make_scores_again(policies, whole):
+    less, more = needs(policies), needs(whole)
+    assert less == sorted(less, reverse=True)
+    assert all(a < b for a, b in zip(less, more, strict=True)) and less[2] < more[2] / 2
+    for remat in POLICIES:
+        work = [flops.count(runs[remat].step) for runs in (whole, policies)]
+        # A layer that is computed again as a whole has made its scores three times.
+        assert work[0] <= work[1] < (1.1 if remat == "full" else 1.001) * work[0]
 
 
 def test_what_lasts_is_what_a_run_holds_to_the_byte(tiny_model, tmp_path):
@@ -139,12 +165,14 @@ def test_full_fine_tuning_holds_the_trained_copy_and_no_frozen_one(tiny_model):
 
 
 def test_a_mesh_divides_clips_weights_and_state(tiny_model):
-    one = phases(outline(tiny_model, batch_size=4))["training step"]
-    run = outline(tiny_model, batch_size=4, mesh="fsdp=2,tensor=2")
+    # Chunks would leave less to divide than what every device has to itself.
+    given: Any = {"batch_size": 4, "without": ("chunked_attention",)}
+    one = phases(outline(tiny_model, **given))["training step"]
+    run = outline(tiny_model, **given, mesh="fsdp=2,tensor=2")
     four = phases(run)["training step"]
     assert four["transformer"] < 0.5 * one["transformer"]
     assert four["batch"] == one["batch"] // 2
-    assert four["work"] < 0.75 * one["work"]
+    assert four["work"] < 0.7 * one["work"]
     for name in ("adapter", "gradients", "optimizer"):
         assert 0.2 * one[name] < four[name] < 0.7 * one[name]
 
