@@ -70,8 +70,8 @@ def report(result: Any) -> None:
     """Where the adapter is, and how to go on if training was stopped."""
     print(result.adapter)
     if result.signal is not None:
-        name, batches = signal.Signals(result.signal).name, int(result.state.step)
-        say = f"stopped by {name} after {batches} batches, all saved"
+        name, steps = signal.Signals(result.signal).name, int(result.state.step)
+        say = f"stopped by {name} after {steps} steps, all saved"
         print(f"{say}; go on with --resume")
 
 

@@ -3,7 +3,7 @@
 Origin: ID-LoRA/configs/training_talkvid.yaml (arXiv 2603.10256): as for CelebV-HQ, but
 4 clips a step one after the other (batch 1, accumulated) and AdamW with moments in 8
 bits. There the base is in int8, too. The data set has 11470 pairs.
-Hardware: 57 GB of a device's memory by the plan of --dry-run, so one of 80 GB. Not run
+Hardware: 55 GB of a device's memory by the plan of --dry-run, so one of 80 GB. Not run
 by us: no expected loss.
 
     python train.py --config configs/talkvid_19b.py --base ltx-2-19b-dev.safetensors \

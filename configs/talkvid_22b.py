@@ -5,7 +5,7 @@ that of LTX-2 in the base alone; noise levels are drawn by the sampler of 2.3, a
 trainer does. 3000 steps, since the published adapters were trained for so many (their
 README; the YAML says 6000). 4 clips a step one after the other, moments in 8 bits.
 Text features are those of 2.3: preprocess the clips with this base.
-Hardware: 60 GB of a device's memory by the plan of --dry-run, so one of 80 GB. Not run
+Hardware: 59 GB of a device's memory by the plan of --dry-run, so one of 80 GB. Not run
 by us: no expected loss.
 
     python train.py --config configs/talkvid_22b.py --base ltx-2.3-22b-dev.safetensors \

@@ -9,6 +9,7 @@ times, `first` does that step again and looks at everything.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from idlora_jax import shares, training
+from idlora_jax import accumulation, shares, training
 from idlora_jax.strategies import Batch
 from idlora_jax.training import Task, TrainState
 from idlora_jax.types import Tree
@@ -60,25 +61,31 @@ def _found(kind: str, tree: Any) -> Iterator[Finding]:
 def _step(
     task: Task, key: PRNGKeyArray, state: TrainState, base: Tree, batch: Batch
 ) -> Iterator[Finding]:
-    """What is not finite of what the step computes."""
+    """What is not finite of what the step computes, part by part."""
 
     @jax.jit
-    def forward(adapter: Tree, base: Tree, batch: Batch) -> Any:
-        inputs, left_out = training.seen(task, key, state.step, batch)
+    def forward(adapter: Tree, base: Tree, batch: Batch, count: Array) -> Any:
+        inputs, left_out = training.seen(task, key, count, batch)
         return training.predict(task, base, adapter, inputs, key=left_out)
 
     @jax.jit
-    def backward(adapter: Tree, base: Tree, batch: Batch) -> Any:
-        inputs, left_out = training.seen(task, key, state.step, batch)
+    def backward(adapter: Tree, base: Tree, batch: Batch, count: Array) -> Any:
+        inputs, left_out = training.seen(task, key, count, batch)
         of = lambda adapter: training.loss(task, base, adapter, inputs, key=left_out)
         return jax.grad(of, has_aux=True)(adapter)
 
-    given = state.adapter, base, batch
-    yield from _found("velocities", forward(*given)._asdict())
-    gradients, losses = backward(*given)
-    parts = {name: losses[name] for name in ("video_loss", "audio_loss", "loss")}
-    yield from _found("loss", parts)
-    yield from _found("gradients", gradients)
+    parts = accumulation.split(batch, task.accumulation)
+    for part in range(task.accumulation):
+        count = state.step * task.accumulation + part
+        own = jax.tree.map(operator.itemgetter(part), parts)
+        given = state.adapter, base, own, count
+        for found in _found("velocities", forward(*given)._asdict()):
+            row = accumulation.row(part, found.row or 0, task.accumulation)
+            yield found._replace(row=row)
+        gradients, losses = backward(*given)
+        names = "video_loss", "audio_loss", "loss"
+        yield from _found("loss", {name: losses[name] for name in names})
+        yield from _found("gradients", gradients)
 
 
 def first(

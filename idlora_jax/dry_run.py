@@ -71,12 +71,6 @@ class Seen:
         """The settings, for the base's generation."""
         return self.outline.config
 
-    @property
-    def updates(self) -> int:
-        """Clips per update."""
-        config = self.config
-        return config.batch_size * config.optimizer.accumulation
-
 
 def _device(config: TrainConfig) -> tuple[Device, int | None, list[str]]:
     """Whose memory is planned, how much it has, and what is to be said of it."""
@@ -215,7 +209,7 @@ def _tokens(outline: Outline) -> str:
 def data(seen: Seen) -> str:
     """Clips, sizes, lengths, tokens, epochs."""
     config, count, rows = seen.config, seen.config.assume.clips, {}
-    total = seen.updates * config.steps
+    total = seen.config.clips_per_step * config.steps
     if seen.clips is None:
         rows["clips"] = "unknown" if count is None else f"{count}, as assumed"
     else:
@@ -278,11 +272,11 @@ def steps(seen: Seen) -> str:
     """Tokens and operations of a step, how many there are, and when things happen."""
     config, outline, peak = seen.config, seen.outline, seen.config.assume.tflops
     times, devices = config.optimizer.accumulation, math.prod(seen.device.mesh.values())
-    work = flops.count(outline.step) * outline.parts * times
+    work = flops.count(outline.step) * outline.parts
     batches = "1 batch" if times == 1 else f"{times} batches"
     rows = {
         "steps": f"{config.steps}, each of {batches} of {config.batch_size} clips",
-        "tokens": f"{outline.tokens * seen.updates} a step",
+        "tokens": f"{outline.tokens * config.clips_per_step} a step",
         "operations": f"{work / 1e12:.1f} TFLOP a step (products and convolutions), "
         f"{work * config.steps / 1e18:.2f} EFLOP in all",
     }

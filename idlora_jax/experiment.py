@@ -184,7 +184,7 @@ class TrainConfig:
         optimizer: how it is updated.
         ema: its moving average.
         steps: updates of the adapter.
-        batch_size: clips per batch.
+        batch_size: clips per batch; a step takes `optimizer.accumulation` of these.
         read_ahead: batches that threads read while one is trained on; 0: none.
         seed: of shuffling, noise levels and noise.
         save_every: steps between saves; the last step is always saved.
@@ -264,6 +264,11 @@ class TrainConfig:
     resume: bool = False
     resume_with: tuple[str, ...] = ()
     verify: bool = False
+
+    @property
+    def clips_per_step(self) -> int:
+        """Clips that a step takes, those of all its batches."""
+        return self.batch_size * self.optimizer.accumulation
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -72,7 +72,7 @@ class Fit:
         nets: what the networks are.
         clips: to train on.
         held: kept out of training.
-        resumed: batches already seen; None: a new run.
+        resumed: steps already taken; None: a new run.
         samples: what is sampled while training goes on, or None.
     """
 
@@ -190,6 +190,7 @@ def task_for(
         rounding="train_bf16" if config.numerics == "reference" else None,
         dropout=config.lora.dropout,
         mode=config.mode,
+        accumulation=config.optimizer.accumulation,
     )
 
 
@@ -284,20 +285,20 @@ def reading_of(
         plan: from `plan`.
         connect: the connectors.
         mesh: devices that a batch is divided over.
-        seen: batches before; the saved position of the reader must be behind them.
+        seen: steps before; the saved position of the reader must be behind them.
 
     Returns:
-        From the number of batches seen to the next one on its devices; what knows
-        their names, and what knows the position.
+        From the number of steps taken to the next one's batch on its devices; what
+        knows the names of its clips, and what knows the position.
 
     Raises:
         ValueError: if the saved position is another one.
     """
     config = plan.run.config
-    size, rows = config.batch_size, parallel.own_rows(mesh, config.batch_size)
+    size = config.clips_per_step
+    rows = parallel.own_rows(mesh, size)
     order = Order(plan.clips.counts, size, config.seed)
-    count = config.steps * plan.run.accumulation
-    data = reading.batches(plan.clips, connect, order, count=count, rows=rows)
+    data = reading.batches(plan.clips, connect, order, count=config.steps, rows=rows)
     position = runs.position(plan.run, plan.resumed)
     ahead = {"ahead": config.read_ahead, "seen": seen, "position": position}
     with reading.opened(data, **ahead) as reader:
@@ -375,7 +376,7 @@ def fit(plan: Fit, say: Say = print) -> Result:
     evaluate = heldout.losses(*given)
     del given
     before, seen = evaluate(state), int(state.step)
-    after_some = f", after {seen} batches seen" if seen else ""
+    after_some = f", of which {seen} are taken" if seen else ""
     say(f"training on {len(plan.clips.clips)} clips, {config.steps} steps{after_some}")
     if before is not None:
         say(heldout.told("before", before))

@@ -1,6 +1,6 @@
 """The training loop: batches in, adapters out, and nothing lost when it is stopped.
 
-The state after n batches depends on the configuration alone (`training`), so resuming
+The state after n steps depends on the configuration alone (`training`), so resuming
 means reading it back and going on at batch n. It is written while training goes on
 (`runs`). SIGTERM and SIGINT let the running step finish, save, and return; a second
 one kills, and so may anything else at any time: the newest state on disk is whole. What
@@ -52,7 +52,7 @@ class Hooks:
     """What the loop asks of others while it goes on; all may be left out.
 
     Attributes:
-        names: from the number of batches seen to the names of the next one's clips.
+        names: from the number of steps taken to the names of the next one's clips.
         validate: from updates and state to held-out losses, or None where they are not
             known then; called before the first update and after every one, before
             that is saved.
@@ -74,7 +74,7 @@ NOTHING = Hooks()
 
 
 class Done(NamedTuple):
-    """One batch after its step: the state after it, numbers, clips, names of those."""
+    """A step: the state after it, numbers, clips, names of those."""
 
     state: TrainState
     row: Row
@@ -109,15 +109,15 @@ def stopping() -> Iterator[list[int]]:
 
 
 def _mean(rows: list[Row]) -> Row:
-    """The means of the batches since the last line, without the skipped ones."""
+    """The means of the steps since the last line, without the skipped ones."""
     good = [row for row in rows if not row["skipped"]] or rows
     mean = {k: float(np.mean([row[k] for row in good])) for k in good[0]}
     return mean | {"skipped": sum(row["skipped"] for row in rows)}
 
 
-def _numbers(run: Run, rows: list[Row], batch: Batch, spent: float) -> Row:
-    """What is logged of the batches since the last line, at so many seconds a step."""
-    speed: dict[str, Any] = records.speed(batch, spent / run.accumulation)
+def _numbers(rows: list[Row], batch: Batch, spent: float) -> Row:
+    """What is logged of the steps since the last line, at so many seconds a step."""
+    speed: dict[str, Any] = records.speed(batch, spent)
     return {"s_per_step": spent} | {k: float(v) for k, v in speed.items()} | _mean(rows)
 
 
@@ -129,13 +129,13 @@ def _refuse(run: Run, hooks: Hooks, bad: Sequence[Done]) -> NoReturn:
     before = state._replace(step=state.step - 1)
     why = hooks.explain(before, batch, names) if hooks.explain else "unknown"
     clips = [
-        f"batch {count - len(bad) + 1 + n}: {', '.join(done.names)}"
+        f"step {count - len(bad) + 1 + n}: {', '.join(done.names)}"
         for n, done in enumerate(bad)
         if done.names
     ]
     raise NotFiniteError(
         f"training: the loss or its gradient was not finite {PATIENCE} times in a row "
-        f"up to step {count // run.accumulation} (loss {row['loss']:g}, gradient norm "
+        f"up to step {count} (loss {row['loss']:g}, gradient norm "
         f"{row['grad_norm']:g}). The first tensor that is not finite: {why}."
         f"{listed(clips)}\nThese steps changed nothing and the adapter before them is "
         f"saved in {run.config.output}. Use a lower optimizer.learning_rate or dtype "
@@ -202,12 +202,12 @@ def _shown(
 def _stepped(
     run: Run, step: Step, state: TrainState, base: Tree, batches: Batches, hooks: Hooks
 ) -> Iterator[Done]:
-    """Each batch, after its step."""
-    for seen in range(int(state.step), run.config.steps * run.accumulation):
+    """Each step, after it was taken."""
+    for seen in range(int(state.step), run.config.steps):
         batch, names = batches(seen), hooks.names(seen)
         if names and distributed.is_first():
             with run.order.open("a") as file:
-                line = {"batch": seen + 1, "clips": [*names]}
+                line = {"step": seen + 1, "clips": [*names]}
                 file.write(json.dumps(line) + "\n")
         state, metrics = step(state, base, batch)
         row = {k: float(v) for k, v in jax.device_get(metrics).items()}  # pyright: ignore
@@ -229,7 +229,7 @@ def train(
         step: from `training.make_train_step`; it takes the state over.
         state: from `start`.
         base: transformer parameters.
-        batches: from the number of batches seen to the next one.
+        batches: from the number of steps taken to the next one's batch.
         hooks: what to ask of others.
 
     Returns:
@@ -239,9 +239,9 @@ def train(
         NotFiniteError: if the loss is not finite several times in a row.
         OSError: if something cannot be written; what was saved before stays.
     """
-    config, each = run.config, run.accumulation
+    config = run.config
     rate = optimizers.learning_rate(config.optimizer, config.steps)
-    first, hidden = int(state.step) // each, not sys.stderr.isatty()
+    first, hidden = int(state.step), not sys.stderr.isatty()
     hidden = hidden or not distributed.is_first()
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
     rows: list[Row] = []
@@ -263,25 +263,22 @@ def train(
             out.check()
             state, rows = done.state, [*rows, done.row]
             bad = [*bad, done] if done.row["skipped"] else []
-            updates, rest = divmod(int(state.step), each)
-            loss = None
-            if not rest:
-                bar.update()
-                if updates % config.log_every == 0 or updates == config.steps:
-                    spent = (time.perf_counter() - since) * each / len(rows)
-                    lr: Any = rate(updates - 1)
-                    at = {"step": float(updates), "lr": float(lr)}
-                    numbers = _numbers(run, rows, done.batch, spent)
-                    _report(run, log, bar, at | numbers)
-                    rows, since = [], time.perf_counter()
-                begun = time.perf_counter()
-                loss = _validated(log, hooks, updates, state)
-                since += time.perf_counter() - begun
-                if updates % config.save_every == 0:
-                    save(run, out, state, loss, hooks.position())
-                begun = time.perf_counter()
-                _shown(log, hooks.sample(updates, state), updates, caught)
-                since += time.perf_counter() - begun
+            updates = int(state.step)
+            bar.update()
+            if updates % config.log_every == 0 or updates == config.steps:
+                spent = (time.perf_counter() - since) / len(rows)
+                lr: Any = rate(updates - 1)
+                at = {"step": float(updates), "lr": float(lr)}
+                _report(run, log, bar, at | _numbers(rows, done.batch, spent))
+                rows, since = [], time.perf_counter()
+            begun = time.perf_counter()
+            loss = _validated(log, hooks, updates, state)
+            since += time.perf_counter() - begun
+            if updates % config.save_every == 0:
+                save(run, out, state, loss, hooks.position())
+            begun = time.perf_counter()
+            _shown(log, hooks.sample(updates, state), updates, caught)
+            since += time.perf_counter() - begun
             if len(bad) == PATIENCE:
                 save(run, out, state, loss, hooks.position())
                 _refuse(run, hooks, bad)

@@ -29,7 +29,7 @@ class Optimizer:
         eps: added to the root of the second moment.
         weight_decay: decoupled, times the learning rate.
         clip: largest global norm of the gradient; None: no clipping.
-        accumulation: batches per step.
+        accumulation: batches per step, one after the other.
         b_ratio: learning rate of an adapter's b over that of its a (LoRA+).
     """
 

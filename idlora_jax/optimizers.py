@@ -2,9 +2,9 @@
 
     clip by the global norm -> method -> factor of b (LoRA+) -> average (EMA)
 
-once for every `accumulation` batches. Each part is an optax transformation and its
-state is part of the optimizer's, so that all of it is saved, resumed, donated, divided
-over devices and taken back with a step that was not finite in one way.
+Each part is an optax transformation and its state is part of the optimizer's, so that
+all of it is saved, resumed, donated, divided over devices and taken back with a step
+that was not finite in one way.
 
 | method | memory, bytes a parameter | note |
 |---|---|---|
@@ -186,10 +186,7 @@ def make_optimizer(
         parts.append(factor_of_b(cfg.b_ratio))
     if ema is not None and ema.decay is not None:
         parts.append(average(ema))
-    chain = optax.chain(*parts)
-    if cfg.accumulation == 1:
-        return chain
-    return optax.MultiSteps(chain, cfg.accumulation).gradient_transformation()
+    return optax.chain(*parts)
 
 
 def _find(opt_state: Any, kind: type) -> Any:

@@ -11,6 +11,7 @@ follows compiles nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -156,16 +157,18 @@ def training(plan: Fit) -> list[Compiled]:
     connect = fitting.connector(plan, params)
     tx = optimizers.make_optimizer(config.optimizer, config.steps, ema=config.ema)
     key, task = jax.random.key(config.seed), fitting.task_of(plan, mesh)
+    size = config.clips_per_step
     with programs.collected() as rows:
         state, base = _state(plan, read, tx, mesh)
         given = config, plan.held, task, state.adapter, base, connect, mesh
         heldout.losses(*given)(state)
         step = steps.make_train_step(task, tx, key, shares.places_of(state, mesh))
         for bucket in plan.clips.buckets:
-            own = len(parallel.own_rows(mesh, config.batch_size))
-            some = replace(bucket, clips=bucket.clips[:own])
+            own = len(parallel.own_rows(mesh, size))
+            clips = itertools.islice(itertools.cycle(bucket.clips), own)
+            some = replace(bucket, clips=tuple(clips))
             batch = latents.whole(some, connect)
-            batch = parallel.from_own_rows(batch, mesh, config.batch_size)
+            batch = parallel.from_own_rows(batch, mesh, size)
             step.compile(state, base, batch)
         # What is logged and exported.
         optimizers.learning_rate(config.optimizer, config.steps)(0)

@@ -1,18 +1,18 @@
 """What a training run writes, and going on from it.
 
-    batches = newest(run)               what is there, if it belongs to this run
-    state = start(run, batches, new)    read back; what a kill left behind is put right
+    steps = newest(run)                 what is there, if it belongs to this run
+    state = start(run, steps, new)      read back; what a kill left behind is put right
     save(run, out, state)               a state, and what is exported of it
 
-A state holds what is trained, its optimizer and averages, the number of batches seen,
+A state holds what is trained, its optimizer and averages, the number of steps taken,
 the settings and the hash of the base. Random draws and the order of the data follow
 from the settings and that number.
 
-    output/state/<batches>/                     training state; see `states`
-    output/lora_weights_step_<updates>.safetensors      and ..._ema.safetensors
-    output/log.jsonl                            one line per `log_every` updates
+    output/state/<steps>/                       training state; see `states`
+    output/lora_weights_step_<steps>.safetensors        and ..._ema.safetensors
+    output/log.jsonl                            one line per `log_every` steps
     output/tensorboard/                         the same numbers; see `records`
-    output/clips.jsonl                          the clips of each batch, in order
+    output/clips.jsonl                          the clips of each step, in order
 
 Of several processes, all save and read states together, and the first writes the rest.
 """
@@ -92,18 +92,13 @@ class Run:
         return self.config.output / "clips.jsonl"
 
     @property
-    def accumulation(self) -> int:
-        """Batches per update."""
-        return self.config.optimizer.accumulation
-
-    @property
     def name(self) -> str:
         """How exported files begin."""
         return "lora_weights" if self.config.mode == "lora" else "transformer"
 
-    def adapter(self, updates: int) -> Path:
-        """Where what is trained is exported to after some updates."""
-        return self.config.output / f"{self.name}_step_{updates:05d}.safetensors"
+    def adapter(self, steps: int) -> Path:
+        """Where what is trained is exported to after some steps."""
+        return self.config.output / f"{self.name}_step_{steps:05d}.safetensors"
 
     def identity(self) -> dict[str, Any]:
         """What a saved state belongs to."""
@@ -113,8 +108,8 @@ class Run:
 
 
 def exported(run: Run, state: TrainState) -> Path:
-    """Where what is trained is exported to after the updates of a state."""
-    return run.adapter(int(state.step) // run.accumulation)
+    """Where what is trained is exported to after the steps of a state."""
+    return run.adapter(int(state.step))
 
 
 def exports(run: Run, state: TrainState) -> list[Written]:
@@ -123,8 +118,7 @@ def exports(run: Run, state: TrainState) -> list[Written]:
     The moving average, if there is one, comes second, and stands in NAME_ema.
     """
     path = exported(run, state)
-    updates = int(state.step) // run.accumulation
-    about = dataclasses.replace(run.meta, step=updates)
+    about = dataclasses.replace(run.meta, step=int(state.step))
     found: list[Written] = [(path, state.evaluated, about)]
     if state.ema is not None:
         extra = {**about.extra, "ema_decay": str(run.config.ema.decay)}
@@ -160,8 +154,8 @@ def save(
     Raises:
         OSError: if what was saved before could not be written.
     """
-    batches = int(state.step)
-    if out.saved == batches:
+    steps = int(state.step)
+    if out.saved == steps:
         return
     # Copied to the host now: the next step takes the arrays over.
     beside = tuple(
@@ -169,8 +163,8 @@ def save(
         for path, tree, about in exports(run, state)
     )
     beside = beside if distributed.is_first() else ()
-    meta = {**run.identity(), "batches": batches}
-    out.save(batches, state, meta, loss=loss, data=data, beside=beside)
+    meta = {**run.identity(), "steps": steps}
+    out.save(steps, state, meta, loss=loss, data=data, beside=beside)
 
 
 def _named(flat: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +206,7 @@ def _check_allowed(allowed: Sequence[str], known: Collection[str]) -> None:
 
 
 def newest(run: Run) -> int | None:
-    """The saved state to go on from: its number of batches, or None for a new run.
+    """The saved state to go on from: its number of steps, or None for a new run.
 
     Raises:
         ValueError: if the output holds a state and `resume` is off, or if that state
@@ -222,34 +216,34 @@ def newest(run: Run) -> int | None:
     allowed = run.config.resume_with
     now = json.loads(json.dumps(run.identity()))
     _check_allowed(allowed, _named(experiment.flat(now)))
-    batches = states.latest(run.states)
-    if batches is None:
+    steps = states.latest(run.states)
+    if steps is None:
         return None
     if not run.config.resume:
         raise ValueError(
-            f"output: {run.config.output} holds a training state after {batches} "
-            "batches; add --resume to go on, or choose another --output"
+            f"output: {run.config.output} holds a training state after {steps} "
+            "steps; add --resume to go on, or choose another --output"
         )
-    saved = states.meta_of(run.states, batches)
+    saved = states.meta_of(run.states, steps)
     found = _differences({k: saved.get(k) for k in now}, now)
     bad = [key for key in found if not any(_covers(name, key) for name in allowed)]
     if bad:
         raise ValueError(
-            f"resume: {run.states}/{batches} belongs to another run:"
+            f"resume: {run.states}/{steps} belongs to another run:"
             f"{listed([found[key] for key in bad])}\nuse the same settings, or another "
             f"--output; to go on nevertheless, add --resume-with {' '.join(bad)}"
         )
     if found and distributed.is_first():
         print(f"resuming with other settings:{listed([*found.values()])}", flush=True)
-    return batches
+    return steps
 
 
-def position(run: Run, batches: int | None) -> Data | None:
+def position(run: Run, steps: int | None) -> Data | None:
     """Where the reader of the data stood when a state was saved; None: not recorded."""
-    return None if batches is None else states.meta_of(run.states, batches)["data"]
+    return None if steps is None else states.meta_of(run.states, steps)["data"]
 
 
-def start(run: Run, batches: int | None, state: TrainState) -> TrainState:
+def start(run: Run, steps: int | None, state: TrainState) -> TrainState:
     """The state to begin with: the given one, or the saved one of that number.
 
     What a kill left behind is put right: half-written files go, log lines after that
@@ -260,10 +254,10 @@ def start(run: Run, batches: int | None, state: TrainState) -> TrainState:
             do not see one folder.
     """
     # Until all have looked for a state, none may write one.
-    same = {**run.identity(), "batches": batches}
+    same = {**run.identity(), "steps": steps}
     distributed.require_same("settings, base, data or training states", same)
     if distributed.is_first():
-        _clean(run, batches)
+        _clean(run, steps)
     distributed.wait()
     if distributed.agreed(not run.config.output.is_dir()):
         raise ValueError(
@@ -271,11 +265,11 @@ def start(run: Run, batches: int | None, state: TrainState) -> TrainState:
             "there on all, expected one folder that all hosts reach; put it on a "
             "shared file system"
         )
-    if batches is None:
+    if steps is None:
         # Held to its devices, as one that was read back is: both compile to the same,
         # which a persistent cache then has.
         return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
-    state = states.restore(run.states, batches, state)
+    state = states.restore(run.states, steps, state)
     for path, tree, about in exports(run, state):
         if distributed.agreed(not path.exists()):
             whole = shares.gathered(tree)
@@ -284,15 +278,14 @@ def start(run: Run, batches: int | None, state: TrainState) -> TrainState:
     return state
 
 
-def _clean(run: Run, batches: int | None) -> None:
+def _clean(run: Run, steps: int | None) -> None:
     """Make the folder; remove what is half-written, and log lines after a state."""
     run.config.output.mkdir(parents=True, exist_ok=True)
     for path in run.config.output.glob(f".{run.name}_step_*.tmp*"):
         path.unlink()
     # Before the first step there is a line, too, which a new run writes again.
-    last = -1 if batches is None else batches // run.accumulation
-    _cut(run.log, "step", last)
-    _cut(run.order, "batch", batches or 0)
+    _cut(run.log, "step", -1 if steps is None else steps)
+    _cut(run.order, "step", steps or 0)
 
 
 def _row(line: str) -> dict[str, Any]:

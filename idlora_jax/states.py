@@ -86,7 +86,7 @@ def _telling(folder: Path, step: int) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(
             getattr(error, "errno", None),
-            f"could not save the state after {step} batches in {folder} ({reason}); "
+            f"could not save the state after {step} steps in {folder} ({reason}); "
             "the states and adapters saved before are still there: free some disk "
             "space and go on with --resume",
         ) from error

@@ -5,9 +5,10 @@
 
 is differentiated with respect to the adapter alone: the base is another argument, so
 that freezing needs no mask and no gradient of it exists. In mode "full" the base itself
-stands in the adapter's place, and there is nothing frozen. A step draws from
-`fold_in(key, step)` and reads the batch of that step, so the state after n steps is a
-function of the seed: stopping and resuming changes nothing.
+stands in the adapter's place, and there is nothing frozen. A step reads its batch, in
+`accumulation` parts one after the other (`accumulation`); part n of a step draws from
+`fold_in(key, step * accumulation + n)`. The state after some steps is so a function of
+the seed: stopping and resuming changes nothing.
 
 The model is two functions that `model.transformer` binds to a configuration:
 `apply(variables, prepared, streams, sigma, branches, targets=...)` gives velocities and
@@ -27,6 +28,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from idlora_jax import (
+    accumulation,
     adapters,
     experiment,
     geometry,
@@ -54,7 +56,7 @@ class TrainState(NamedTuple):
     Attributes:
         adapter: unscaled, float32; in mode "full" the base's parameters.
         opt_state: of the optimizer (`optimizers`), its averages included.
-        step: number of batches seen (updates times `accumulation`).
+        step: number of steps taken, those that were not finite too.
     """
 
     adapter: Adapter
@@ -92,6 +94,8 @@ class Task:
         dropout: probability that an input of the adapter is left out in a step.
         mode: what the state holds: an adapter, or the base itself. For the latter give
             `apply` the option `scanned=("params",)`: gradients stack, not scatter.
+        accumulation: parts of a batch that a step takes one after the other; the
+            gradient is the mean of theirs.
     """
 
     apply: Apply
@@ -104,6 +108,7 @@ class Task:
     rounding: geometry.Rounding | None = None
     dropout: float = 0.0
     mode: Literal["lora", "full"] = "lora"
+    accumulation: int = 1
 
 
 def init(
@@ -228,23 +233,64 @@ def inputs_of(task: Task, draws: Draws, batch: Batch) -> TrainInputs:
 def seen(
     task: Task,
     key: PRNGKeyArray,
-    step: Int[Array, ""],
+    count: Int[Array, ""],
     batch: Batch,
     draws: Draws | None = None,
 ) -> tuple[TrainInputs, PRNGKeyArray]:
-    """What a step makes of its batch, and the key of its dropout.
+    """What is made of a batch, or of a part of one, and the key of its dropout.
 
     Args:
         task: what is trained.
         key: the run's key.
-        step: number of batches seen before.
+        count: number of parts of batches seen before.
         batch: the clips.
-        draws: in place of those of `fold_in(key, step)`.
+        draws: in place of those of `fold_in(key, count)`.
     """
-    at = jax.random.fold_in(key, step)
+    at = jax.random.fold_in(key, count)
     if draws is None:
         draws = strategies.draw(at, batch, task.spec)
     return inputs_of(task, draws, batch), jax.random.fold_in(at, _DROPOUT)
+
+
+def gradients(
+    task: Task,
+    key: PRNGKeyArray,
+    state: TrainState,
+    base: Tree,
+    batch: Batch,
+    draws: Draws | None = None,
+    tables: Any = None,
+    places: Any = None,
+) -> tuple[Tree, Metrics]:
+    """The gradient of what is trained, and the losses: means over the batch's parts.
+
+    Args:
+        task: what is trained.
+        key: the run's key.
+        state: before the step.
+        base: what is frozen.
+        batch: the clips of all parts.
+        draws: of all of them, in place of those that follow from the key.
+        tables: see `predict`.
+        places: where the arrays of the gradient lie; None: anywhere.
+    """
+    count = task.accumulation
+    parts, before = accumulation.split((batch, draws), count), state.step * count
+
+    def one(number: Any, part: Any) -> tuple[Tree, Metrics]:
+        inputs, left_out = seen(task, key, before + number, *part)
+
+        def of(adapter: Adapter) -> tuple[Array, Metrics]:
+            return loss(task, base, adapter, inputs, tables, key=left_out)
+
+        return jax.grad(of, has_aux=True)(state.adapter)
+
+    def keep(found: tuple[Tree, Metrics]) -> tuple[Tree, Metrics]:
+        if places is None:
+            return found
+        return jax.lax.with_sharding_constraint(found[0], places), found[1]
+
+    return accumulation.mean(one, count, parts, keep)
 
 
 def _if(ok: Array, new: Any, old: Any) -> Any:
@@ -275,8 +321,7 @@ def make_train_step(
     Args:
         task: what is trained.
         tx: from `optimizers.make_optimizer`.
-        key: the run's key; the step draws from `fold_in(key, state.step)` where no
-            `draws` are given.
+        key: the run's key, which all draws follow from where no `draws` are given.
         places: where the arrays of a state lie (`shares.places_of`), which the step
             keeps; None: on one device. Every device gets all metrics.
     """
@@ -288,12 +333,8 @@ def make_train_step(
         draws: Draws | None = None,
         tables: Any = None,
     ) -> tuple[TrainState, Metrics]:
-        inputs, left_out = seen(task, key, state.step, batch, draws)
-
-        def of(adapter: Adapter) -> tuple[Array, Metrics]:
-            return loss(task, base, adapter, inputs, tables, key=left_out)
-
-        grads, metrics = jax.grad(of, has_aux=True)(state.adapter)
+        given = task, key, state, base, batch, draws, tables
+        grads, metrics = gradients(*given, places and places.adapter)
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         extra = {"grad_norm": norm, "skipped": 1.0 - ok.astype(jnp.float32)}

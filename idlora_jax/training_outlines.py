@@ -263,8 +263,8 @@ class Outline:
 
     @property
     def share(self) -> int:
-        """Clips of a batch that one device works on."""
-        return max(1, self.config.batch_size // self.parts)
+        """Clips of a step that one device works on, those of all its batches."""
+        return max(1, self.config.clips_per_step // self.parts)
 
     @property
     def tokens(self) -> int:

@@ -36,20 +36,22 @@ from idlora_jax import (
 from idlora_jax.presets import tiny_train
 from idlora_jax.weights import networks, rules
 
-STEPS, BATCH = 20, 8
+STEPS, BATCH, PARTS = 20, 8, 2
 MIXED = "data=2,fsdp=2,tensor=2"
 COMPILED = "*jit_step*after_optimizations.txt"
 
 
 def config(base: str, folder: Path, mesh: str) -> experiment.TrainConfig:
+    tiny = tiny_train()
     return dataclasses.replace(
-        tiny_train(),
+        tiny,
         base=Path(base),
         data=folder / "clips",
         output=folder / f"run-{mesh}",
         heldout=experiment.HeldOut(clips=0),
         steps=STEPS,
         batch_size=BATCH,
+        optimizer=dataclasses.replace(tiny.optimizer, accumulation=PARTS),
         save_every=STEPS,
         tensorboard=False,
         mesh=mesh,
@@ -111,7 +113,7 @@ METHODS = {
 
 
 def method(name: str) -> Any:
-    cfg = experiment.Optimizer(name=name, accumulation=2, **METHODS[name])
+    cfg = experiment.Optimizer(name=name, **METHODS[name])
     ema = experiment.Ema(None if name == "schedule_free" else 0.9)
     return optimizers.make_optimizer(cfg, 10, ema=ema)
 
@@ -122,7 +124,7 @@ def first(name: str, mesh: Any) -> Any:
 
 
 def updated(name: str, mesh: Any) -> Any:
-    """The state after two updates of two batches each."""
+    """The state after four updates."""
     tx, state = method(name), first(name, mesh)
     places = shares.places_of(state, mesh)
 

@@ -72,6 +72,22 @@ def test_in_the_adapter_the_tensor_is_found():
     )
 
 
+@pytest.mark.parametrize("row", [0, 3])
+def test_of_a_batch_in_parts_the_clip_is_found(row: int):
+    """What a part computes is told by the row of the batch."""
+    bad = planted(toy.batch(0, 4).video, row, 0, 0, 0, value=3e38)
+
+    def apply(*given: Any, **options: Any) -> Any:
+        ((video, audio),) = toy.apply(*given, **options)
+        return (AV(video * 10, audio),)
+
+    batch = toy.batch(0, 4)._replace(video=bad)
+    finding = found(batch, apply=apply, accumulation=2)
+    assert finding == Finding("velocities", "video", row)
+    names = ["one", "two", "three", "four"]
+    assert diagnosis.told(finding, names).endswith(f"of clip {names[row]}")
+
+
 def velocities(change: Any) -> Any:
     """The toy with its audio velocity changed."""
 

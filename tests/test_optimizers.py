@@ -109,29 +109,17 @@ def test_the_average_follows_what_is_trained():
     assert optimizers.averaged(steps(alone, PAIR, pull, 1)[0][1]) is None
 
 
-def test_the_average_counts_updates_not_batches():
-    settings = dataclasses.replace(PLAIN, accumulation=2)
-    tx = optimizers.make_optimizer(settings, 100, ema=Ema(0.9))
-    walked = steps(tx, PAIR, pull, 4)
-    same(optimizers.averaged(walked[0][1]), PAIR)
-    want = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, PAIR, walked[1][0])
-    same(optimizers.averaged(walked[2][1]), want, atol=1e-7)
-
-
 def test_schedule_free_is_evaluated_at_the_mean_of_its_steps():
     settings = dataclasses.replace(SETTINGS["schedule_free"], warmup=0)
-    for options in ({}, {"accumulation": 2}):
-        own = dataclasses.replace(settings, **options)
-        walked = steps(optimizers.make_optimizer(own, 100), PAIR, pull, 6)
-        found = [
-            optimizers._find(state, optax.contrib.ScheduleFreeState).z
-            for _, state in walked
-        ]
-        found = found[:: own.accumulation] if own.accumulation == 1 else found[1::2]
-        mean = jax.tree.map(lambda *z: sum(z) / len(z), *found)
-        params, state = walked[-1]
-        same(optimizers.evaluated(state, params), mean, atol=1e-6)
-        assert float(optax.tree.norm(optax.tree.sub(params, mean))) > 1e-4
+    walked = steps(optimizers.make_optimizer(settings, 100), PAIR, pull, 6)
+    found = [
+        optimizers._find(state, optax.contrib.ScheduleFreeState).z
+        for _, state in walked
+    ]
+    mean = jax.tree.map(lambda *z: sum(z) / len(z), *found)
+    params, state = walked[-1]
+    same(optimizers.evaluated(state, params), mean, atol=1e-6)
+    assert float(optax.tree.norm(optax.tree.sub(params, mean))) > 1e-4
 
 
 def test_other_methods_are_evaluated_where_they_are():

@@ -44,10 +44,8 @@ def adapter() -> Any:
 
 
 def state(adapter: Any, name: str) -> Any:
-    """Shapes of a training state, its gradients accumulated and averages kept."""
-    cfg = experiment.Optimizer(
-        name=name, accumulation=2, **eight_trainers.METHODS[name]
-    )
+    """Shapes of a training state whose averages are kept."""
+    cfg = experiment.Optimizer(name=name, **eight_trainers.METHODS[name])
     tx = optimizers.make_optimizer(cfg, 10, ema=experiment.Ema(0.9))
     start = lambda a: TrainState(a, tx.init(a), jnp.zeros((), jnp.int32))
     return jax.eval_shape(start, adapter)
@@ -81,12 +79,10 @@ def test_tensor_divides_the_half_of_an_adapter_that_has_heads(adapter):
 def test_moments_and_averages_lie_as_what_they_belong_to(adapter):
     mesh, found = abstract("data=2,fsdp=2,tensor=2"), state(adapter, "adamw")
     own = shares.places_of(found.adapter, mesh)
-    ema, multi = optimizers.averaged(found.opt_state), found.opt_state
-    assert shares.places_of(ema, mesh) == own
-    places = shares.places_of(multi, mesh)
-    assert places.acc_grads == own
+    assert shares.places_of(optimizers.averaged(found.opt_state), mesh) == own
+    places = shares.places_of(found.opt_state, mesh)
     numbers = [p for p in jax.tree.leaves(places) if p.is_fully_replicated]
-    shapes = jax.tree.leaves(multi)
+    shapes = jax.tree.leaves(found.opt_state)
     assert len(numbers) == sum(x.ndim == 0 for x in shapes) > 0
 
 

@@ -112,7 +112,7 @@ def test_a_full_disk_is_told_and_the_states_before_stay(tmp_path, small_disk):
     with states.opened(tmp_path, keep=1) as out:
         out.save(1, STATE, {})
     with (
-        pytest.raises(OSError, match=r"after 2 batches in .* still there: free some"),
+        pytest.raises(OSError, match=r"after 2 steps in .* still there: free some"),
         states.opened(tmp_path, keep=1) as out,
     ):
         out.save(2, large, {})

@@ -126,21 +126,6 @@ def test_the_step_passes_on_the_branch_of_the_strategy():
     assert seen == [(strategies.branch(toy.SPEC),)]
 
 
-def test_accumulating_equal_batches_is_one_step_with_that_batch():
-    tx, step = toy_step()
-    draws = strategies.draw(jax.random.key(0), toy.batch(0), toy.SPEC)
-    once, _ = step(state_of(tx), toy.base(), toy.batch(0), draws)
-    tx, step = toy_step(dataclasses.replace(OPTIMIZER, accumulation=2))
-    state, _ = step(state_of(tx), toy.base(), toy.batch(0), draws)
-    same(state.adapter, toy.adapter())
-    state, _ = step(state, toy.base(), toy.batch(0), draws)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        state.adapter,
-        once.adapter,
-    )
-
-
 def test_a_step_that_is_not_finite_counts_but_changes_nothing():
     tx, step = toy_step()
     good, bad = toy.batch(0), toy.batch(0)

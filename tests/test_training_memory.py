@@ -69,6 +69,13 @@ def whole(tiny_model: Any) -> dict[str, Outline]:
     return {r: outline(tiny_model, remat=r, **off) for r in POLICIES}
 
 
+def xla(run: Outline) -> Any:
+    """What XLA says of the compiled step."""
+    step = training.make_train_step(run.task, run.tx, jax.random.key(0))
+    args = run.state, run.frozen, run.batch(run.share)
+    return step.lower(*args).compile().memory_analysis()  # pyright: ignore
+
+
 @pytest.mark.parametrize("chunks", [True, False])
 @pytest.mark.parametrize("remat", POLICIES)
 def test_the_estimate_of_a_step_is_near_what_xla_says_of_each_policy(
@@ -76,15 +83,37 @@ def test_the_estimate_of_a_step_is_near_what_xla_says_of_each_policy(
 ):
     run = (policies if chunks else whole)[remat]
     estimate = liveness.temporary(run.step, donated=len(jax.tree.leaves(run.state)))
-    step = training.make_train_step(run.task, run.tx, jax.random.key(0))
-    args = run.state, run.frozen, run.batch(2)
-    exact: Any = step.lower(*args).compile().memory_analysis()  # pyright: ignore
+    exact = xla(run)
     assert exact.alias_size_in_bytes == memory.size(run.state)
     # Loops over chunks keep more on a CPU than is counted.
     least = 0.8 if chunks else 0.9
     assert (
         least * exact.temp_size_in_bytes <= estimate <= 1.6 * exact.temp_size_in_bytes
     )
+
+
+def test_a_batch_in_parts_needs_the_activations_of_one_and_a_sum(tiny_model):
+    options: Any = {"remat": "none", "without": ("chunked_attention",)}
+    batch = lambda size, parts: outline(
+        tiny_model,
+        batch_size=size,
+        optimizer=Optimizer(accumulation=parts),
+        **options,
+    )
+    one, parts, whole = batch(1, 1), batch(1, 4), batch(4, 1)
+    exact = [xla(run) for run in (one, parts, whole)]
+    for run, found in zip((one, parts, whole), exact, strict=True):
+        estimate = liveness.temporary(run.step, donated=len(jax.tree.leaves(run.state)))
+        most = found.temp_size_in_bytes
+        assert 0.9 * most <= estimate <= 1.6 * most
+        assert found.alias_size_in_bytes == memory.size(run.state)
+    least, some, most = (found.temp_size_in_bytes for found in exact)
+    assert some < 0.5 * most
+    assert some < 1.1 * least + 2 * memory.size(one.state.adapter)
+    rows = phases(parts)["training step"]
+    assert rows["accumulated gradients"] == memory.size(one.state.adapter)
+    assert "accumulated gradients" not in phases(whole)["training step"]
+    assert rows["work"] < 0.5 * phases(whole)["training step"]["work"]
 
 
 def needs(runs: dict[str, Outline]) -> list[int]:
@@ -144,12 +173,13 @@ def test_what_lasts_is_what_a_run_holds_to_the_byte(tiny_model, tmp_path):
     assert kernel(base).dtype == jnp.bfloat16
     assert {x.dtype for x in kernel(adapter).values()} == {jnp.dtype("float32")}
     assert kinds(run.batch(3)) == kinds(batch)
+    assert run.share == 6  # two batches
     live = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     step = phases(run)["training step"]
     want = {name.replace("_", " "): live(params[name]) for name in names}
     want |= {"adapter": live(adapter), "gradients": live(adapter)}
     want |= {"accumulated gradients": live(adapter), "average": live(adapter)}
-    want |= {"batch": live(batch), "optimizer": live(state) - 3 * live(adapter)}
+    want |= {"batch": 2 * live(batch), "optimizer": live(state) - 2 * live(adapter)}
     assert {name: step[name] for name in want} == want
 
 
