@@ -14,7 +14,7 @@ from benchmarks.backends.jax import NAME
 from benchmarks.rows import Row
 from benchmarks.session import Session
 from benchmarks.works import Work
-from idlora_jax.model import audio_vae, video_tiles, video_vae, vocoder
+from idlora_jax.model import audio_vae, sound_chunks, video_tiles, video_vae, vocoder
 from idlora_jax.model.tiling import Tiles
 
 
@@ -59,8 +59,13 @@ def works(session: Session) -> Iterator[Work]:
     yield work("audio decode", mel, own, sound)
     spectrum = jax.jit(mel)(own, sound)
     voice = codecs.random_params("vocoder", cfg_v)
-    wave = lambda p, x: vocoder.synthesize(cfg_v, p, x)
+    wave = lambda p, x: vocoder.synthesize(cfg_v, p, x, None)
     yield work("vocoder", wave, voice, spectrum)
+    many = -(-4 * sound_chunks.reach(cfg_v) // spectrum.shape[1])
+    long = jnp.tile(spectrum, (1, max(4, many), 1, 1))
+    yield work("vocoder, long", wave, voice, long)
+    pieces = lambda p, x: vocoder.synthesize(cfg_v, p, x, long.shape[1] // 4)
+    yield work("vocoder, long, in chunks", pieces, voice, long)
 
 
 def run(session: Session) -> list[Row]:

@@ -12,7 +12,8 @@ pairs of a dilated and an undilated convolution. The two generations differ in p
     wave = clamp(resample(low) + generator(log_mel(low)))
 
 where `log_mel` and `resample` are those of `bandwidth`. Parameters are those of the one
-generator, or {"base", "bwe", "stft"} of the two and the spectrogram between them.
+generator, or {"base", "bwe", "stft"} of the two and the spectrogram between them. Long
+sounds are made piece by piece (`sound_chunks`).
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from idlora_jax.config_vocoder import (
     GeneratorConfig,
     VocoderConfig,
 )
-from idlora_jax.model import antialias, bandwidth, conv
+from idlora_jax.model import antialias, bandwidth, conv, sound_chunks
 from idlora_jax.model.antialias import Snake
 from idlora_jax.model.conv import Conv, ConvTranspose, Pad
+from idlora_jax.model.sound_chunks import ENDS
 from idlora_jax.types import Tree
 
 SLOPE = 0.1
 LAST_SLOPE = 0.01
-ENDS = 7
+CHUNK = 1024
+"""Mel frames that are synthesized at once: ten seconds, 0.3 GB of work."""
 _BOUNDS: dict[Bound, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
     "clamp": lambda x: jnp.clip(x, -1, 1),
@@ -178,7 +181,10 @@ def extend(
 
 
 def synthesize(
-    cfg: VocoderConfig, params: Tree, mel: Float[Array, "B T M 2"]
+    cfg: VocoderConfig,
+    params: Tree,
+    mel: Float[Array, "B T M 2"],
+    chunk: int | None = CHUNK,
 ) -> Float[Array, "B 2 N"]:
     """Turn a log-mel spectrogram into sound.
 
@@ -186,6 +192,8 @@ def synthesize(
         cfg: static; the waveform has `cfg.sample_rate`.
         params: as `init` gives them.
         mel: log-mel, left and right channel, as `audio_vae.decode` gives it.
+        chunk: frames of it that are worked on at a time, with what their sound depends
+            on besides: the sound is the same up to rounding. None: all at once.
 
     Returns:
         Waveform in [-1, 1] with N = T * `cfg.factor` samples, in the dtype of `mel`.
@@ -193,7 +201,7 @@ def synthesize(
         matrix units.
 
     Raises:
-        ValueError: naming the expected number of mel bins.
+        ValueError: naming the expected number of mel bins, or for a chunk below 1.
 
     Source: `ltx_core/model/audio_vae/vocoder.py: Vocoder`, `VocoderWithBWE`.
     """
@@ -202,10 +210,18 @@ def synthesize(
             f"vocoder.synthesize: expected [B T {cfg.mel_bins} 2] with T >= 1, "
             f"got shape {mel.shape}"
         )
-    with jax.default_matmul_precision("highest"):
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"vocoder.synthesize: got chunk {chunk}, expected 1 or more")
+
+    def whole(mel: Float[Array, "B T M 2"]) -> Float[Array, "B N 2"]:
         if cfg.extension is None:
-            wave = generate(cfg.generator, params, mel)
+            return generate(cfg.generator, params, mel)
+        low = generate(cfg.generator, params["base"], mel)
+        return extend(cfg.extension, params, low)
+
+    with jax.default_matmul_precision("highest"):
+        if chunk is None:
+            wave = whole(mel)
         else:
-            low = generate(cfg.generator, params["base"], mel)
-            wave = extend(cfg.extension, params, low)
+            wave = sound_chunks.pieces(cfg, whole, mel, chunk)
     return wave.transpose(0, 2, 1)
