@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks import cases, codecs, programs, random_weights
 from benchmarks.backends import jax as ours
-from benchmarks.backends import jax_training
+from benchmarks.backends import jax_training, reference
 from benchmarks.configs import Size
 from benchmarks.rows import Row, as_json
 from benchmarks.session import Options, Session, peak_bytes
@@ -211,6 +211,24 @@ def lighter(part: Part) -> None:
     part.alone(works, goal="G9, G7")
 
 
+def beside_reference(part: Part) -> None:
+    """The pass and the guided step beside those of the PyTorch reference, in turns.
+
+    Its numbers are others: that they are equal is seen at smaller sizes.
+    """
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    name = jnp.dtype(part.dtype).name
+    made = reference.large(part.size, part.options.generation, device, name)
+    case, base = part.case(), part.base()
+    pairs = (
+        ("pass", reference.forward(case, made), ours.forward(case, base)),
+        ("step", reference.step(case, made), ours.step(case, base)),
+    )
+    for what, *works in pairs:
+        named = [dataclasses.replace(w, variant=f"{what}, {w.backend}") for w in works]
+        part.alone(named, goal="G10")
+
+
 PARTS: dict[str, Callable[[Part], None]] = {
     "profile": profile,
     "step": step,
@@ -227,6 +245,7 @@ PARTS: dict[str, Callable[[Part], None]] = {
     ),
     "train 1 int8 in 31 GiB": lambda part: train(part, 1, ("full",), int8=True),
     "lighter": lighter,
+    "beside the reference": beside_reference,
 }
 
 

@@ -4,26 +4,27 @@
 
 Generation 2.0 is read from `packages/`, 2.3 from `ID-LoRA-2.3/packages/`; both use the
 same module names, so one process measures one generation. Reference tokens stand in
-front there, and are moved behind the targets in what is compared.
+front there, and are moved behind the targets in what is compared. What is given to a
+network goes to its device, in its dtype. LoRA training is `reference_training`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import pathlib
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from benchmarks.backends.jax import SCALES
-from benchmarks.backends.jax_training import gradient_outputs
-from benchmarks.cases import Case, TrainCase
-from benchmarks.configs import SIGMA, Size
+from benchmarks.cases import Case
+from benchmarks.configs import Size
 from benchmarks.works import NotRun, Outputs, Work
 from idlora_jax.config import Generation
 from idlora_jax.types import AV
@@ -52,14 +53,6 @@ _FIXED = {
     "use_middle_indices_grid": True,
 }
 """What the reference's configurator insists on reading."""
-_ATTENTIONS = "audio_attn1 audio_attn2 audio_to_video_attn video_to_audio_attn".split()
-_PARTS = ("to_q", "to_k", "to_v", "to_out.0")
-MODULES = (
-    *(f"{attention}.{part}" for attention in _ATTENTIONS for part in _PARTS),
-    "audio_ff.net.0.proj",
-    "audio_ff.net.2",
-)
-"""The 18 modules of a layer that ID-LoRA trains."""
 
 
 def locate(generation: Generation) -> pathlib.Path:
@@ -140,6 +133,33 @@ def model(size: Size, generation: Generation) -> Any:
     return _filled(made).float().eval().requires_grad_(False)
 
 
+def large(size: Size, generation: Generation, device: str, dtype: str) -> Any:
+    """The network with any numbers, made where it runs: for its speed alone.
+
+    Args:
+        size: of the network.
+        generation: of it.
+        device: of torch, such as "cuda".
+        dtype: of its parameters, such as "bfloat16".
+
+    Raises:
+        NotRun: see `load`, and if the device is not there.
+    """
+    load(generation)
+    import torch
+    from ltx_core.model.transformer import LTXModelConfigurator  # pyright: ignore
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NotRun("torch is there, but it sees no CUDA device")
+    section = _FIXED | size.section(generation)
+    with torch.device("meta"):
+        made = LTXModelConfigurator.from_config({"transformer": section})
+    made = made.to(getattr(torch, dtype)).to_empty(device=device)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return made.eval().requires_grad_(False)
+
+
 def _filled(made: Any) -> Any:
     """With what the configurator leaves without numbers, and the tables, drawn."""
     import torch
@@ -160,7 +180,8 @@ def original(made: Any) -> dict[str, np.ndarray]:
     return {PREFIX + key: value.numpy() for key, value in state.items()}
 
 
-def _tensor(x: Any) -> Any:
+def tensor(x: Any) -> Any:
+    """A copy of an array."""
     import torch
 
     return torch.from_numpy(np.array(x))
@@ -171,26 +192,50 @@ def _turned(x: Any, count: int, axis: int = 1) -> np.ndarray:
     return np.roll(np.asarray(x), count, axis)
 
 
-def _modality(name: str, streams: AV, prompt: Any, count: int, sigma: float) -> Any:
-    """Of one stream; `count` reference tokens are put in front."""
+def modality(name: str, streams: AV, prompt: Any, count: int, sigma: float) -> Any:
+    """The reference's `Modality` of a stream; `count` reference tokens are in front."""
     import torch
     from ltx_core.model.transformer import Modality  # pyright: ignore
 
     s, fields = getattr(streams, name), Modality.__dataclass_fields__
     level = torch.tensor([sigma])
-    mask = _tensor(_turned(s.denoise, count).astype(np.float32))[..., None]
+    mask = tensor(_turned(s.denoise, count).astype(np.float32))[..., None]
     extra = {"sigma": level} if "sigma" in fields else {}
     return Modality(
-        latent=_tensor(_turned(s.x, count)),
+        latent=tensor(_turned(s.x, count)),
         timesteps=mask * level,
-        positions=_tensor(_turned(s.pos, count, 2)),
-        context=_tensor(getattr(prompt, name)),
+        positions=tensor(_turned(s.pos, count, 2)),
+        context=tensor(getattr(prompt, name)),
         **extra,
     )
 
 
-def _pair(case: Case, prompt: int, *, reference: bool = True) -> AV:
-    """`AV` of the reference's `Modality`."""
+def _placed(one: Any, made: Any) -> Any:
+    """A `Modality` on a network's device, its numbers in the network's dtype."""
+    import torch
+
+    like = next(made.parameters())
+
+    def move(name: str, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        wide = name == "positions" or not x.is_floating_point()
+        return x.to(like.device, None if wide else like.dtype)
+
+    fields = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
+    return dataclasses.replace(one, **{k: move(k, x) for k, x in fields.items()})
+
+
+def _finished(made: Any) -> None:
+    """Wait for the device: its work goes on after a call returns."""
+    import torch
+
+    if next(made.parameters()).is_cuda:
+        torch.cuda.synchronize()
+
+
+def _pair(case: Case, made: Any, prompt: int, *, reference: bool = True) -> AV:
+    """`AV` of the reference's `Modality`, where the network is."""
     count, text = case.size.reference, case.prompts[prompt]
     streams = case.streams
     if not reference:
@@ -198,7 +243,8 @@ def _pair(case: Case, prompt: int, *, reference: bool = True) -> AV:
         cut = a._replace(x=a.x[:, :n], denoise=a.denoise[:, :n], pos=a.pos[:, :, :n])
         streams = AV(streams.video, cut)
     counts = {"video": 0, "audio": count}
-    return AV(*(_modality(n, streams, text, counts[n], case.sigma) for n in AV._fields))
+    given = (modality(n, streams, text, counts[n], case.sigma) for n in AV._fields)
+    return AV(*(_placed(one, made) for one in given))
 
 
 def _outputs(case: Case) -> Any:
@@ -206,7 +252,7 @@ def _outputs(case: Case) -> Any:
     back = -case.size.reference
 
     def outputs(done: Any) -> Outputs:
-        video, audio = (x.numpy() for x in done)
+        video, audio = (x.float().cpu().numpy() for x in done)
         return {"video": video, "audio": np.roll(audio, back, 1)}
 
     return outputs
@@ -216,11 +262,13 @@ def forward(case: Case, made: Any) -> Work:
     """One pass with the positive prompt."""
     import torch
 
-    pair = _pair(case, 0)
+    pair = _pair(case, made, 0)
 
     def run() -> Any:
         with torch.inference_mode():
-            return made(video=pair.video, audio=pair.audio, perturbations=None)
+            done = made(video=pair.video, audio=pair.audio, perturbations=None)
+        _finished(made)
+        return done
 
     return Work("pass", NAME, run, _outputs(case))
 
@@ -235,8 +283,8 @@ def step(case: Case, made: Any) -> Work:
     from ltx_core.model.transformer import X0Model  # pyright: ignore
 
     x0 = X0Model(made).eval()
-    positive, negative = _pair(case, 0), _pair(case, 1)
-    alone, n = _pair(case, 0, reference=False), case.size.reference
+    positive, negative = (_pair(case, made, number) for number in (0, 1))
+    alone, n = _pair(case, made, 0, reference=False), case.size.reference
     skips = _perturbations(case.size.stg)
     text = [CFGGuider(scale) for scale in SCALES["text"]]
     stg, bimodal = STGGuider(SCALES["stg"][0]), CFGGuider(SCALES["bimodal"][0])
@@ -256,7 +304,9 @@ def step(case: Case, made: Any) -> Work:
             for guider, skip in ((stg, skips[0]), (bimodal, skips[1])):
                 pv, pa = call(positive, skip)
                 dv, da = dv + guider.delta(video, pv), da + guider.delta(audio, pa)
-            return video + dv, audio + da
+            video, audio = video + dv, audio + da
+        _finished(made)
+        return video, audio
 
     return Work("five passes", NAME, run, _outputs(case))
 
@@ -277,109 +327,3 @@ def _perturbations(layer: int) -> list[Any]:
     kind = PerturbationType
     stg = of([layer], kind.SKIP_VIDEO_SELF_ATTN, kind.SKIP_AUDIO_SELF_ATTN)
     return [stg, of(None, kind.SKIP_A2V_CROSS_ATTN, kind.SKIP_V2A_CROSS_ATTN)]
-
-
-def with_lora(made: Any, rank: int, tensors: Mapping[str, np.ndarray]) -> Any:
-    """The network with PEFT's adapter as the reference's trainer makes it.
-
-    Raises:
-        NotRun: if peft is not installed.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise NotRun(f"peft is not installed ({error})") from error
-    how = peft.LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(MODULES), lora_dropout=0.0
-    )
-    wrapped: Any = peft.get_peft_model(made, how)
-    named = {
-        name.replace("base_model.model.", "diffusion_model.", 1).replace(
-            ".default.", "."
-        ): p
-        for name, p in wrapped.named_parameters()
-        if p.requires_grad
-    }
-    assert sorted(named) == sorted(tensors), "an adapter of other modules"
-    for name, parameter in named.items():
-        parameter.data.copy_(_tensor(tensors[name]))
-    return wrapped, named
-
-
-def train(
-    case: TrainCase,
-    made: Any,
-    streams: AV,
-    velocity: AV,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    checkpoint: bool = True,
-) -> Work:
-    """One step of LoRA training: forward, backward, clipping, AdamW.
-
-    Args:
-        case: the batch.
-        made: from `model`; PEFT changes it.
-        streams: the noisy streams of that batch, as ours are.
-        velocity: what they should give.
-        tensors: the adapter by its keys in a file.
-        checkpoint: whether blocks are run again in the backward pass.
-
-    Source: ltx_trainer: trainer.py, training_strategies/audio_ref_only_ic.py.
-    """
-    import dataclasses
-
-    import torch
-
-    wrapped, named = with_lora(made, case.size.rank, tensors)
-    wrapped.get_base_model().set_gradient_checkpointing(checkpoint)
-    wrapped.train()
-    n, counts = case.size.reference, {"video": 0, "audio": case.size.reference}
-    prompt = case.batch.prompt
-    video, audio = (
-        dataclasses.replace(m, timesteps=m.timesteps[..., 0])
-        for m in (_modality(k, streams, prompt, counts[k], SIGMA) for k in AV._fields)
-    )
-    video, audio = _masked(video, audio, n)
-    wanted = [_tensor(v) for v in velocity]
-    counted = _tensor(streams.video.denoise)[..., None].float()
-    optimizer = torch.optim.AdamW(named.values(), lr=2e-4, weight_decay=0.01)
-
-    def run() -> Any:
-        optimizer.zero_grad(set_to_none=True)
-        v, a = wrapped(video=video, audio=audio, perturbations=None)
-        loss = (v - wanted[0]).pow(2).mul(counted).div(counted.mean()).mean()
-        loss = loss + (a[:, n:] - wanted[1]).pow(2).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
-        optimizer.step()
-        return loss.detach()
-
-    def outputs(loss: Any) -> Outputs:
-        moments = {k: optimizer.state[p]["exp_avg"].numpy() for k, p in named.items()}
-        return gradient_outputs(loss.numpy(), moments)
-
-    return Work("checkpoint" if checkpoint else "no checkpoint", NAME, run, outputs)
-
-
-def _masked(video: Any, audio: Any, n: int) -> tuple[Any, Any]:
-    """Video sees no reference tokens, and these see no text."""
-    import dataclasses
-
-    import torch
-
-    floor = torch.finfo(torch.float32).min
-    batch, tokens = audio.latent.shape[:2]
-    hidden = torch.zeros(batch, video.latent.shape[1], tokens)
-    hidden[:, :, :n] = floor
-    valid = torch.ones(audio.context.shape[:2], dtype=torch.int64)
-    video = dataclasses.replace(
-        video, a2v_cross_attention_mask=hidden, context_mask=valid
-    )
-    blind = torch.zeros(batch, tokens, audio.context.shape[1])
-    blind[:, :n] = floor
-    newer = "sigma" in type(audio).__dataclass_fields__
-    masks = {"context_mask": blind}
-    if newer:
-        masks = {"context_mask": valid, "audio_context_attn_mask": blind}
-    return video, dataclasses.replace(audio, **masks)

@@ -7,7 +7,7 @@ from typing import cast
 import jax
 
 from benchmarks import cases
-from benchmarks.backends import diffusers, reference
+from benchmarks.backends import diffusers, reference, reference_training
 from benchmarks.backends import jax as jax_backend
 from benchmarks.backends import jax_training as ours
 from benchmarks.rows import Row
@@ -39,7 +39,7 @@ def theirs(case: cases.TrainCase, weights: Weights) -> Work:
     adapter = jax.device_get(ours.adapter(case, weights.base))
     model = weights.models[reference.NAME]
     args = (case, model, inputs.streams, inputs.velocity, lora.export(adapter))
-    return reference.train(*args)
+    return reference_training.train(*args)
 
 
 def run(session: Session) -> list[Row]:

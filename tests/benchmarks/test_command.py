@@ -124,6 +124,16 @@ def test_rows_are_found_among_what_a_part_prints():
 
 
 @pytest.mark.slow
+def test_without_the_reference_its_part_of_the_gpu_suite_says_so(monkeypatch):
+    monkeypatch.delenv("IDLORA_REFERENCE", raising=False)
+    (part,) = (p for p in gpu.PARTS if p.name == "beside the reference")
+    found = arguments.read(["gpu", "--tiny", "--rounds", "1"])
+    (row,) = gpu.run(command.options_of(found), (part,))
+    assert row.status == "not run"
+    assert "IDLORA_REFERENCE is not set" in row.note
+
+
+@pytest.mark.slow
 def test_parts_of_the_gpu_suite_run_at_a_tiny_size():
     words = ["gpu", "--tiny", "--rounds", "1"]
     names = "profile", "stage 2", "lighter"
