@@ -56,10 +56,13 @@ def train(config: TrainConfig) -> int:
     if distributed.is_first():
         training_checks.announce(plan, functools.partial(print, file=sys.stderr))
     if config.precompile:
-        rows = precompile.training(plan)
+        rows, failed = precompile.training(plan)
+        for outcome in failed:
+            told = f"samples: {outcome.config.name}: {outcome.message}"
+            print(f"error: {told}", file=sys.stderr)
         if distributed.is_first():
             print(programs.table(rows))
-        return 0
+        return commandline.FAILURE if failed else 0
     result = fitting.fit(plan)
     if distributed.is_first():
         report(result)

@@ -4,9 +4,9 @@
     for row in training(plan): ...       of `train.py`
 
 The code of a run goes through with shapes in place of weights, as their files' headers
-say them (see `programs`): every stage, encoding and decoding; or the evaluation and a
-step for every size of clips. With the persistent cache (`compile_cache`), the run that
-follows compiles nothing.
+say them (see `programs`): every stage, encoding and decoding; or the evaluation, a step
+for every size of clips, and the clips that are sampled on the way. With the persistent
+cache (`compile_cache`), the run that follows compiles nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from idlora_jax import (
     sampling,
     sessions,
     shares,
+    validation,
 )
 from idlora_jax import training as steps
 from idlora_jax.data import latents, tokenize
@@ -114,8 +115,12 @@ def samples(session: Session) -> tuple[list[Compiled], list[Outcome]]:
         ValueError: if weights are missing or do not fit.
     """
     with programs.collected() as rows:
-        failed = [*sessions.rehearse(session, _loaded(session))] if session.todo else []
+        failed = _rehearsed(session)
     return rows, failed
+
+
+def _rehearsed(session: Session) -> list[Outcome]:
+    return [*sessions.rehearse(session, _loaded(session))] if session.todo else []
 
 
 def _state(
@@ -138,11 +143,14 @@ def _state(
     return jax.tree.map(held, state, places), {}
 
 
-def training(plan: Fit) -> list[Compiled]:
-    """Compile what a training run needs: its evaluation, and a step of each size.
+def training(plan: Fit) -> tuple[list[Compiled], list[Outcome]]:
+    """Compile what a run needs: its evaluation, a step of each size, sampled clips.
 
     Args:
         plan: from `fitting.plan`; a clip of each size is read.
+
+    Returns:
+        What was compiled, and the samples for which that was not possible.
 
     Raises:
         ValueError: if weights are missing or do not fit, or clips are damaged.
@@ -174,4 +182,14 @@ def training(plan: Fit) -> list[Compiled]:
         optimizers.learning_rate(config.optimizer, config.steps)(0)
         if config.mode == "lora":
             adapters.scale(jax.device_get(state.evaluated), config.lora.factor)
-    return rows
+        failed: list[Outcome] = []
+        if plan.samples is not None:
+            failed = _rehearsed(_clips(plan.samples, state))
+    return rows, failed
+
+
+def _clips(planned: validation.Planned, state: TrainState) -> Session:
+    """The clips before the first step."""
+    run = planned.run
+    args = run.config.output, run.adapter(0), state.adapter, run.meta
+    return validation.session(planned, validation.Now(validation.FOLDER, *args))

@@ -1,6 +1,7 @@
 """Clips sampled while training goes on, by the functions that `sample.py` calls.
 
     plan(run) -> Planned               settings and files checked; no weights yet
+    session(planned, now) -> Session   the clips of one step
     load(planned) -> Loaded            prompts encoded, decoders read, in host memory
     Sampler(planned, loaded, ...)      (updates, state) -> clips, for `loop.Hooks`
 
@@ -257,6 +258,37 @@ def _renewed(config: SampleConfig, found: Opened) -> SampleConfig:
     return config
 
 
+def session(planned: Planned, now: Now) -> sessions.Session:
+    """The clips of one step, as `sample.py` would prepare them.
+
+    Args:
+        planned: from `plan`.
+        now: the step, and what is trained then.
+
+    Raises:
+        ValueError: if none of them can be made.
+        OSError: if their folder cannot be written to.
+    """
+    run = planned.run
+    if run.config.mode == "lora":
+        # On the host, as a file would give it: so that sampling compiles to what
+        # `sample.py` compiles to, however training holds its state.
+        scaled = jax.device_get(adapters.scale(now.tree, run.config.lora.factor))
+        about = replace(now.about, content_hash=checkpoints.content_hash(scaled))
+        now = now._replace(tree=scaled, about=about)
+    configs = _with(now, planned.configs, run)
+    found = _opened(now, planned.found, configs[0], run)
+    return sessions.prepare([_renewed(config, found) for config in configs], found)
+
+
+def _moments(run: Run, updates: int, state: TrainState) -> Iterator[Now]:
+    """What is sampled of a state: what is trained and, if asked for, its average."""
+    folder, count = run.config.output / FOLDER, 1 + run.config.samples.ema
+    facts = runs.exports(run, state)[:count]
+    for end, own in zip(("", "_ema"), facts, strict=False):
+        yield Now(FOLDER + end, folder / f"step_{updates:05d}{end}", *own)
+
+
 def _refuse(folder: Path, error: OSError) -> NoReturn:
     reason = error.strerror or str(error)
     raise OSError(
@@ -299,30 +331,16 @@ class Sampler:
         Raises:
             OSError: if they cannot be written.
         """
-        run = self.planned.run
-        samples, folder = run.config.samples, run.config.output / FOLDER
-        if not samples.due(updates, run.config.steps):
-            return
-        for which, facts in enumerate(runs.exports(run, state)[: 1 + samples.ema]):
-            end = "_ema" if which else ""
-            place = folder / f"step_{updates:05d}{end}"
-            yield from self._clips(Now(FOLDER + end, place, *facts))
+        config = self.planned.run.config
+        if config.samples.due(updates, config.steps):
+            for now in _moments(self.planned.run, updates, state):
+                yield from self._clips(now)
 
     def _clips(self, now: Now) -> Iterator[Sampled]:
-        run, trained = self.planned.run, now.tree
-        if run.config.mode == "lora":
-            # On the host, as a file would give it: so that sampling compiles to what
-            # `sample.py` compiles to, however training holds its state.
-            scaled = jax.device_get(adapters.scale(trained, run.config.lora.factor))
-            about = replace(now.about, content_hash=checkpoints.content_hash(scaled))
-            now = now._replace(tree=scaled, about=about)
-        configs = _with(now, self.planned.configs, run)
-        found = _opened(now, self.planned.found, configs[0], run)
         try:
-            renewed = [_renewed(config, found) for config in configs]
-            session = sessions.prepare(renewed, found)
-            made = self._made(session, trained) if session.todo else ()
-            for outcome in itertools.chain(session.outcomes, made):
+            clips = session(self.planned, now)
+            made = self._made(clips, now.tree) if clips.todo else ()
+            for outcome in itertools.chain(clips.outcomes, made):
                 yield _sampled(now.label, outcome)
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             yield Sampled(now.label, message=str(error).strip().partition("\n")[0])

@@ -70,7 +70,9 @@ def test_all_parts_of_sampling_are_compiled_and_nothing_is_written(
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_evaluation_and_a_step_of_training_are_compiled(no_weights, train, mode):
     plan = fitting.plan(dataclasses.replace(train, mode=mode))
-    names = [row.name for row in precompile.training(plan)]
+    rows, failed = precompile.training(plan)
+    names = [row.name for row in rows]
+    assert not failed
     assert names[-1] == "training step" and "held-out predictions" in names
     assert not train.output.exists()
 
@@ -115,4 +117,27 @@ def test_training_after_precompiling_compiles_nothing_of_ours(train, tmp_path):
     assert any(line.startswith("training step") for line in lines)
     _, hits, misses = counted(tmp_path, *command)
     # Orbax copies arrays by small programs of its own.
+    assert misses <= 2 and hits >= before - 5
+
+
+@pytest.mark.slow
+def test_clips_sampled_while_training_are_precompiled_too(train, files, tmp_path):
+    clip = sample_files.config(files, pathlib.Path("elsewhere"), lora=())
+    source = tmp_path / "clip.py"
+    shown = repr(clip).replace("PosixPath(", "pathlib.Path(")
+    lines = ["import pathlib", "from idlora_jax.sample_config import *"]
+    lines += ["def get_config():", f"    return {shown}"]
+    source.write_text("\n".join(lines))
+    paths = {"base": train.base, "data": train.data, "output": train.output}
+    given = [f"--{name}={path}" for name, path in paths.items()]
+    small = ["--lora.rank=2", "--lora.targets=blocks/*/ff/*", "--heldout.clips=1"]
+    more = ["--steps=1", "--batch-size=1", "--memory=off", "--samples.every=1"]
+    more += [f"--samples.config={source}"]
+    command = ["train.py", "--config", "configs/tiny.py", *given, *small, *more]
+    lines, _, before = counted(tmp_path, *command, "--precompile")
+    for name in ("training step", "sampler step", "decode video", "vocoder"):
+        assert any(line.startswith(name) for line in lines), name
+    assert not [*train.output.iterdir()]
+    _, hits, misses = counted(tmp_path, *command)
+    assert (train.output / "samples/step_00001/sample.mp4").is_file()
     assert misses <= 2 and hits >= before - 5
