@@ -140,8 +140,9 @@ def test_chunks_of_attention_need_less_and_make_scores_again(policies, whole):
     assert less[2] < 0.6 * more[2]
     for remat in POLICIES:
         work = [flops.count(runs[remat].step) for runs in (whole, policies)]
-        # A layer that is computed again as a whole has made its scores three times.
-        assert work[0] <= work[1] < (1.1 if remat == "full" else 1.001) * work[0]
+        # A layer that is computed again as a whole has made its scores three times,
+        # and their products with the values, which a division's gradient reads.
+        assert work[0] <= work[1] < (1.2 if remat == "full" else 1.001) * work[0]
 
 
 def test_what_lasts_is_what_a_run_holds_to_the_byte(tiny_model, tmp_path):
