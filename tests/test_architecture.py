@@ -17,8 +17,8 @@ LEVELS = (
     "savings optimizer_config experiment sample_config monitoring commandline presets "
     "tagged axes",
     "geometry joining schedules adam8bit optimizers quantized adapters guidance "
-    "accumulation norms wandb_run records solvers losses parallel shares distributed keys liveness "
-    "flops compile_cache programs hosted quality",
+    "accumulation norms wandb_run records solvers losses parallel shares distributed "
+    "keys liveness flops compile_cache programs hosted quality",
     "streams references",
     "denoise strategies model.*",
     "training evaluation loop runs states diagnosis weights.* checkpoints",
