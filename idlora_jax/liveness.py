@@ -61,7 +61,6 @@ class _Value:
         stored: whether it lies in memory as it is.
         fixed: whether it is the same in every round of the loop around it.
         again: whether it is made in every round even so.
-        turned: whether it lies in memory in another order of axes.
     """
 
     size: int
@@ -69,7 +68,6 @@ class _Value:
     stored: bool = True
     fixed: bool = False
     again: bool = False
-    turned: bool = False
 
 
 @dataclass
@@ -166,11 +164,7 @@ class _Walk:
             return [_Value(v.size, v.sources, v.stored, fixed) for v in values]
         if name in VIEWS:
             pairs = zip(values, sizes, strict=False)
-            turns = name == "transpose"
-            return [
-                _Value(n, v.sources, v.stored, v.fixed, turned=turns or v.turned)
-                for v, n in pairs
-            ]
+            return [_Value(n, v.sources, v.stored, v.fixed) for v, n in pairs]
         if name == "scan":
             return self._loop(eqn, values)
         if name == "cond":
@@ -239,9 +233,7 @@ class _Walk:
             pairs = zip(values[last:], sizes[last:], strict=True)
             xs = [_Value(n, x.sources, x.stored, x.fixed) for x, n in pairs]
             return self.run(body, [*values[:last], *xs])
-        # Of what a loop takes apart, it reads parts that lie together.
-        copied = sum(v.size for v in values[last:] if v.stored and v.turned)
-        extra = self._store(values) + copied
+        extra = self._store(values)
         walk = _Walk(looped=True)
         same = [_Value(n, fixed=True) for n in sizes[:first]]
         carry = [walk.new(n) for n in sizes[first:last]]

@@ -10,7 +10,7 @@ was compared with what XLA says of the compiled parts of 19B and 22B in float32,
 to 1024 pixels. Where XLA orders operations to save memory, stages were estimated 1.2
 times as large (five passes at 512) to 4 times (one at 256: 2 GB instead of 0.5). XLA's
 default order on CPU runs independent work at the same time: there estimates count
-`MORE` times, and were 0.85 to 2.1 times what it needs. So they do for decoding
+`MORE` times, and were 0.85 to 1.6 times what it needs. So they do for decoding
 everywhere, whose few large arrays cannot be packed without gaps (1.0 to 1.7 times).
 
 On CPU, XLA also keeps float32 copies of bfloat16 stacks while it scans them (measured:

@@ -166,10 +166,7 @@ def test_the_estimate_of_a_stage_is_near_what_xla_says(
     own = outlines.variables(plan.stages[number], params, {})
     traced = outlines.stage(plan, number, nets, params, own, LAYOUT, ASKED)
     exact = max(map(needed, traced))
-    assert 0.65 * exact <= CPU.work(traced)
-    # A CPU's supplement comes on top: 2.1 times for branches side by side.
-    assert Device("gpu").work(traced) <= 1.6 * exact
-    assert CPU.work(traced) <= (1.6 if mode == "sweep" else 2.2) * exact
+    assert 0.65 * exact <= CPU.work(traced) <= 1.6 * exact
 
 
 @pytest.mark.parametrize("part", ["text", "decoding"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import eight_bits
@@ -32,7 +31,6 @@ from idlora_jax.assumed import Assume
 from idlora_jax.data import latents
 from idlora_jax.experiment import Ema, HeldOut, Lora, Optimizer, TrainConfig
 from idlora_jax.memory import Device
-from idlora_jax.model import chunked
 from idlora_jax.monitoring import Samples
 from idlora_jax.presets import tiny_train
 from idlora_jax.training_outlines import Outline
@@ -60,11 +58,8 @@ def phases(run: Outline, device: Device | None = None) -> dict[str, dict[str, in
 
 
 @pytest.fixture(scope="module")
-def policies(tiny_model: Any) -> Iterator[dict[str, Outline]]:
-    """With scores in chunks, which are small enough for these clips."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "CPU_BYTES", 2**21)
-        yield {r: outline(tiny_model, remat=r) for r in POLICIES}
+def policies(tiny_model: Any) -> dict[str, Outline]:
+    return {r: outline(tiny_model, remat=r) for r in POLICIES}
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +131,11 @@ def test_a_lighter_policy_needs_less_and_does_more(whole):
 def test_chunks_of_attention_need_less_and_make_scores_again(policies, whole):
     less, more = needs(policies), needs(whole)
     assert less == sorted(less, reverse=True)
-    assert all(a < b for a, b in zip(less, more, strict=True))
-    assert less[2] < 0.6 * more[2]
+    assert all(a < b for a, b in zip(less, more, strict=True)) and less[2] < more[2] / 2
     for remat in POLICIES:
         work = [flops.count(runs[remat].step) for runs in (whole, policies)]
-        # A layer that is computed again as a whole has made its scores three times,
-        # and their products with the values, which a division's gradient reads.
-        assert work[0] <= work[1] < (1.2 if remat == "full" else 1.001) * work[0]
+        # A layer that is computed again as a whole has made its scores three times.
+        assert work[0] <= work[1] < (1.1 if remat == "full" else 1.001) * work[0]
 
 
 def test_what_lasts_is_what_a_run_holds_to_the_byte(tiny_model, tmp_path):
