@@ -4,9 +4,9 @@ Origin: ours, after the published recipe (configs/celebvhq_19b.py): the same tar
 steps and effective batch. The base is the published fp8 file, kept in 8 bits; one clip
 at a time, four a step; moments of AdamW in 8 bits; rank 32 instead of 128, since
 adapter, gradients and their sum are all in float32.
-Hardware: 32 GB of a device's memory (31.0 by the plan of --dry-run), of which a card of
-32 GiB has 32.6 to give with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. Not run by us: no
-expected loss.
+Hardware: 31 GB of a device's memory by the plan of --dry-run, of which a card of 32 GiB
+has 32.6 to give with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. Not run by us: no expected
+loss.
 
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python train.py --config configs/low_memory.py \
         --base ltx-2-19b-dev-fp8.safetensors --data latents/ --output outputs/mine
