@@ -1,7 +1,7 @@
 """The training loop: batches in, adapters out, and nothing lost when it is stopped.
 
 The state after n steps depends on the configuration alone (`training`), so resuming
-means reading it back and going on at batch n. It is written while training goes on
+means reading it back and going on at step n. It is written while training goes on
 (`runs`). SIGTERM and SIGINT let the running step finish, save, and return; a second
 one kills, and so may anything else at any time: the newest state on disk is whole. What
 is not finite never reaches the adapter: such steps are skipped, and a few in a row end
@@ -207,7 +207,7 @@ def _stepped(
         batch, names = batches(seen), hooks.names(seen)
         if names and distributed.is_first():
             with run.order.open("a") as file:
-                line = {"step": seen + 1, "clips": [*names]}
+                line = {"batch": seen + 1, "clips": [*names]}
                 file.write(json.dumps(line) + "\n")
         state, metrics = step(state, base, batch)
         row = {k: float(v) for k, v in jax.device_get(metrics).items()}  # pyright: ignore

@@ -285,7 +285,7 @@ def _clean(run: Run, steps: int | None) -> None:
         path.unlink()
     # Before the first step there is a line, too, which a new run writes again.
     _cut(run.log, "step", -1 if steps is None else steps)
-    _cut(run.order, "step", steps or 0)
+    _cut(run.order, "batch", steps or 0)
 
 
 def _row(line: str) -> dict[str, Any]:

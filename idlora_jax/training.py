@@ -273,6 +273,14 @@ def gradients(
         draws: of all of them, in place of those that follow from the key.
         tables: see `predict`.
         places: where the arrays of the gradient lie; None: anywhere.
+
+    Returns:
+        A tree of the adapter's structure and float32 losses.
+
+    Raises:
+        ValueError: if the batch cannot be divided into parts of equal size.
+
+    Source: ltx_trainer/trainer.py: the accumulating loop (mean of the losses).
     """
     count = task.accumulation
     parts, before = accumulation.split((batch, draws), count), state.step * count

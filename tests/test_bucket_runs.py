@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_with_the_same_clips_and_ends_bitwise_alike(
     got = train(stopped, clips, ahead=4)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert order_of(stopped) == order_of(straight)
-    assert [row["step"] for row in order_of(straight)] == [*range(1, STEPS + 1)]
+    assert [row["batch"] for row in order_of(straight)] == [*range(1, STEPS + 1)]
 
 
 def test_a_state_whose_reader_stood_elsewhere_is_refused(tmp_path, clips, monkeypatch):

@@ -294,12 +294,12 @@ def test_the_clips_of_each_batch_are_listed_in_order(tmp_path: pathlib.Path):
     run = toy.run_in(tmp_path)
     train(run, stopping_at(2), hooks)
     with run.order.open("a") as file:  # as if killed in the fourth batch
-        file.write('{"step": 4, "clips": ["other"]}\n{"ste')
+        file.write('{"batch": 4, "clips": ["other"]}\n{"bat')
     with run.log.open("a") as file:
         file.write('{"step": 4, "loss"')
     train(toy.run_in(tmp_path, resume=True), hooks=hooks)
     listed = [json.loads(line) for line in run.order.read_text().splitlines()]
-    assert listed == [{"step": n + 1, "clips": [f"clip{n}"]} for n in range(6)]
+    assert listed == [{"batch": n + 1, "clips": [f"clip{n}"]} for n in range(6)]
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
 
 
