@@ -108,6 +108,25 @@ def stopping() -> Iterator[list[int]]:
         restore()
 
 
+class _Clock:
+    """Seconds since the last line, without those of what stands beside training."""
+
+    def __init__(self) -> None:
+        self.since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not counted."""
+        begun = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begun
+
+    def lap(self) -> float:
+        """The seconds; they begin again."""
+        before, self.since = self.since, time.perf_counter()
+        return self.since - before
+
+
 def _mean(rows: list[Row]) -> Row:
     """The means of the steps since the last line, without the skipped ones."""
     good = [row for row in rows if not row["skipped"]] or rows
@@ -258,7 +277,7 @@ def train(
             _validated(log, hooks, 0, state)
         clips = (c for c in hooks.sample(first, state) if c.new)  # others are logged
         _shown(log, clips, first, caught)
-        since = time.perf_counter()
+        clock = _Clock()
         for done in _stepped(run, step, state, base, batches, hooks):
             out.check()
             state, rows = done.state, [*rows, done.row]
@@ -266,19 +285,17 @@ def train(
             updates = int(state.step)
             bar.update()
             if updates % config.log_every == 0 or updates == config.steps:
-                spent = (time.perf_counter() - since) / len(rows)
                 lr: Any = rate(updates - 1)
                 at = {"step": float(updates), "lr": float(lr)}
-                _report(run, log, bar, at | _numbers(rows, done.batch, spent))
-                rows, since = [], time.perf_counter()
-            begun = time.perf_counter()
-            loss = _validated(log, hooks, updates, state)
-            since += time.perf_counter() - begun
+                numbers = _numbers(rows, done.batch, clock.lap() / len(rows))
+                _report(run, log, bar, at | numbers)
+                rows = []
+            with clock.paused():
+                loss = _validated(log, hooks, updates, state)
             if updates % config.save_every == 0:
                 save(run, out, state, loss, hooks.position())
-            begun = time.perf_counter()
-            _shown(log, hooks.sample(updates, state), updates, caught)
-            since += time.perf_counter() - begun
+            with clock.paused():
+                _shown(log, hooks.sample(updates, state), updates, caught)
             if len(bad) == PATIENCE:
                 save(run, out, state, loss, hooks.position())
                 _refuse(run, hooks, bad)
