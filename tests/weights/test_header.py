@@ -5,6 +5,7 @@ import re
 import time
 import tracemalloc
 
+import cpu_time
 import ml_dtypes
 import numpy as np
 import pytest
@@ -234,18 +235,9 @@ def test_long_values_are_cut_in_messages(tmp_path):
 
 def test_six_thousand_tensors_take_a_moment(tmp_path):
     path = sparse_files.write(tmp_path / "x.safetensors", "ltx-2-19b-dev-fp8")
-    with path.open("rb") as file:
-        text = file.read(int.from_bytes(file.read(8), "little"))
-    seconds = []
-    for read in (lambda: header(path).tensors, lambda: json.loads(text)):
-        took = []
-        for _ in range(5):
-            start = time.process_time()
-            assert len(read()) in (6404, 6405)  # with the metadata
-            took.append(time.process_time() - start)
-        seconds.append(min(took))
+    assert len(header(path).tensors) == 6404
     # 7 times as long as JSON alone takes; 20 times with our annotations checked.
-    assert seconds[0] < 60 * seconds[1]
+    assert cpu_time.best(lambda: header(path)) < 60 * cpu_time.of_json(path)
 
 
 def test_many_wrong_entries_are_refused_quickly(tmp_path):

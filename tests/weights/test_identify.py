@@ -1,8 +1,8 @@
 """Files told apart by their headers, and named when given in another's place."""
 
 import json
-import time
 
+import cpu_time
 import ml_dtypes
 import numpy as np
 import pytest
@@ -34,9 +34,8 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", sparse_files.NAMES)
 def test_every_published_file_is_known_by_its_header(name, tmp_path):
     path = sparse_files.write(tmp_path / "x.safetensors", name)
-    start = time.thread_time()
     found = identify(path)
-    assert time.thread_time() - start < 1
+    assert cpu_time.best(lambda: identify(path)) < 60 * cpu_time.of_json(path)
     facts = INDEX[name]
     assert (found.kind, found.generation) == PUBLISHED[name]
     assert (found.tensors, found.parameters) == (facts["tensors"], facts["params"])
@@ -294,7 +293,6 @@ def test_a_base_without_its_config_is_no_base(tmp_path):
 
 def test_a_base_of_full_size_is_opened_in_a_moment(tmp_path):
     path = sparse_files.write(tmp_path / "x.safetensors", "ltx-2.3-22b-dev")
-    start = time.thread_time()
     assert io.open_base(path).generation == "2.3"
-    assert time.thread_time() - start < 2
+    assert cpu_time.best(lambda: io.open_base(path)) < 60 * cpu_time.of_json(path)
     assert header(path).metadata["model_version"] == "2.3.0"
