@@ -9,8 +9,8 @@ with what XLA does to them in mind:
   only if it is not larger than what it is made of, or if something reads it that cannot
   take it in, such as a matrix product.
 - Such an operation writes over an operand that nobody reads later.
-- Products of many matrices (attention) read a copy of their larger operand, in another
-  order.
+- Products of many matrices (attention) read a copy of an operand whose axes lie in
+  another order than they need; so do loops, of stacks that lie so.
 - A loop holds what it carries and one round of its body. What is the same in all rounds
   is made before it and stays. What a round cuts out of whole stacks (the weights of a
   layer) may all be there at once. What is in int8 is widened in each round, one kernel
@@ -22,7 +22,7 @@ Arguments count nothing: whoever calls the function holds them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ class _Value:
         stored: whether it lies in memory as it is.
         fixed: whether it is the same in every round of the loop around it.
         again: whether it is made in every round even so.
+        turned: whether it lies in memory in another order of axes.
     """
 
     size: int
@@ -68,6 +69,7 @@ class _Value:
     stored: bool = True
     fixed: bool = False
     again: bool = False
+    turned: bool = False
 
 
 @dataclass
@@ -93,6 +95,20 @@ def nbytes(aval: Any) -> int:
         return 0
     shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
     return 0 if shape is None or dtype is None else math.prod(shape) * dtype.itemsize
+
+
+def _turned(eqn: Any, values: Sequence[_Value]) -> Iterator[_Value]:
+    """Operands of a product by samples and heads that XLA turns before it multiplies.
+
+    It takes those as they are whose first axes are samples and heads, with what is
+    summed over next to them or last.
+    """
+    sums, batches = eqn.params["dimension_numbers"]
+    for value, own, batch, atom in zip(values, sums, batches, eqn.invars, strict=True):
+        first, last = len(batch), atom.aval.ndim - len(own)
+        begins = [tuple(range(n, n + len(own))) for n in (first, last)]
+        if tuple(batch) != tuple(range(first)) or tuple(own) not in begins:
+            yield value
 
 
 def _is_int8(atom: Any) -> bool:
@@ -164,7 +180,11 @@ class _Walk:
             return [_Value(v.size, v.sources, v.stored, fixed) for v in values]
         if name in VIEWS:
             pairs = zip(values, sizes, strict=False)
-            return [_Value(n, v.sources, v.stored, v.fixed) for v, n in pairs]
+            turns = name == "transpose"
+            return [
+                _Value(n, v.sources, v.stored, v.fixed, turned=turns or v.turned)
+                for v, n in pairs
+            ]
         if name == "scan":
             return self._loop(eqn, values)
         if name == "cond":
@@ -185,7 +205,7 @@ class _Walk:
             return [_Value(n, sources, False, fixed, again) for n in sizes]
         extra = self._store(values, fixed) if storing else 0
         if name == "dot_general" and eqn.params["dimension_numbers"][1][0]:
-            extra += max(v.size for v in values)
+            extra += max((v.size for v in _turned(eqn, values)), default=0)
         if fixed:
             self.kept += sum(sizes)
             return [_Value(n, fixed=True) for n in sizes]
@@ -233,7 +253,9 @@ class _Walk:
             pairs = zip(values[last:], sizes[last:], strict=True)
             xs = [_Value(n, x.sources, x.stored, x.fixed) for x, n in pairs]
             return self.run(body, [*values[:last], *xs])
-        extra = self._store(values)
+        # Of what a loop takes apart, it reads parts that lie together.
+        copied = sum(v.size for v in values[last:] if v.stored and v.turned)
+        extra = self._store(values) + copied
         walk = _Walk(looped=True)
         same = [_Value(n, fixed=True) for n in sizes[:first]]
         carry = [walk.new(n) for n in sizes[first:last]]
