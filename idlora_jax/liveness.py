@@ -107,7 +107,8 @@ def _turned(eqn: Any, values: Sequence[_Value]) -> Iterator[_Value]:
     for value, own, batch, atom in zip(values, sums, batches, eqn.invars, strict=True):
         first, last = len(batch), atom.aval.ndim - len(own)
         begins = [tuple(range(n, n + len(own))) for n in (first, last)]
-        if tuple(batch) != tuple(range(first)) or tuple(own) not in begins:
+        ordered = tuple(batch) == tuple(range(first)) and tuple(own) in begins
+        if value.turned or not ordered:
             yield value
 
 

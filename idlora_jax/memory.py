@@ -7,7 +7,7 @@
 Weights are exact. What a part of the run needs for its own work is estimated from its
 traced operations (see `liveness`): the text side, encoding, each stage, decoding. It
 was compared with what XLA says of the compiled parts of 19B and 22B in float32, at 256
-to 1024 pixels. Where XLA orders operations to save memory, stages were estimated 1.2
+to 1024 pixels. Where XLA orders operations to save memory, stages were estimated 1.1
 times as large (five passes at 512) to 4 times (one at 256: 2 GB instead of 0.5). XLA's
 default order on CPU runs independent work at the same time: there estimates count
 `MORE` times, and were 0.85 to 1.6 times what it needs. So they do for decoding

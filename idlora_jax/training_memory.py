@@ -5,7 +5,7 @@
 Weights, adapter, optimizer and gradients are exact. What a step and the held-out
 evaluation need for their own work is estimated from their traced operations
 (`liveness`), with the run's remat policy, and so is the update. Compared with what XLA
-says of compiled steps of a small model in float32: 0.8 to 1.1 times as large for the
+says of compiled steps of a small model in float32: 0.9 to 1.2 times as large for the
 activations of each policy in XLA's default order on CPU, 1.1 to 1.4 times where it
 orders operations to save memory; of the update 0.4 times (8-bit moments, default
 order) and more.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import eight_bits
@@ -32,7 +31,6 @@ from idlora_jax.assumed import Assume
 from idlora_jax.data import latents
 from idlora_jax.experiment import Ema, HeldOut, Lora, Optimizer, TrainConfig
 from idlora_jax.memory import Device
-from idlora_jax.model import chunked
 from idlora_jax.monitoring import Samples
 from idlora_jax.presets import tiny_train
 from idlora_jax.training_outlines import Outline
@@ -60,11 +58,8 @@ def phases(run: Outline, device: Device | None = None) -> dict[str, dict[str, in
 
 
 @pytest.fixture(scope="module")
-def policies(tiny_model: Any) -> Iterator[dict[str, Outline]]:
-    """With scores in chunks, which are small enough for these clips."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "CPU_BYTES", 2**21)
-        yield {r: outline(tiny_model, remat=r) for r in POLICIES}
+def policies(tiny_model: Any) -> dict[str, Outline]:
+    return {r: outline(tiny_model, remat=r) for r in POLICIES}
 
 
 @pytest.fixture(scope="module")

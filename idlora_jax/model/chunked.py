@@ -2,7 +2,7 @@
 
 Scores of all heads and queries at once are written to memory and read again by every
 operation of the softmax. Those of a chunk stay in a cache, and only they exist: by
-default 8 MB on a CPU, elsewhere as much as keeps the device busy. The backward pass
+default 2 MB on a CPU, elsewhere as much as keeps the device busy. The backward pass
 makes the scores of a chunk again, as fused kernels do. What is small is one chunk.
 """
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-CPU_BYTES, OTHER_BYTES = 8 * 2**20, 256 * 2**20
+CPU_BYTES, OTHER_BYTES = 2 * 2**20, 256 * 2**20
 """Float32 scores of one chunk."""
 HIDDEN = -1e30
 """The score of a key that is not seen, where there are others."""
@@ -27,52 +27,46 @@ LEAST = 128
 
 
 def _scores(q: Array, k: Array) -> Array:
-    return jnp.einsum("btnk,bsnk->bnts", q, k, **_WIDE) * q.shape[-1] ** -0.5
+    return jnp.einsum("bntk,bnsk->bnts", q, k, **_WIDE) * q.shape[-1] ** -0.5
 
 
 def _product(weights: Array, v: Array) -> Array:
-    return jnp.einsum("bnts,bsnk->btnk", weights.astype(v.dtype), v, **_WIDE)
+    return jnp.einsum("bnts,bnsk->bntk", weights.astype(v.dtype), v, **_WIDE)
 
 
 def _softmax(
-    q: Float[Array, "B T N K"],
-    k: Float[Array, "B S N K"],
-    bias: Float[Array, "B 1 T S"] | None,
-    length: Int[Array, " B"] | None,
-) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
-    """Exponentials of the scores, and their sums, in float32."""
+    q: Array, k: Array, bias: Array | None, length: Array | None
+) -> tuple[Array, Array]:
+    """Exponentials of the scores [B N T S] and their sums [B N T 1], in float32."""
     scores = _scores(q, k)
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
     if length is not None:
-        at = jnp.arange(k.shape[1])[None, None, None]
+        at = jnp.arange(k.shape[2])[None, None, None]
         scores = jnp.where(at < length[:, None, None, None], scores, HIDDEN)
     exps = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     return exps, jnp.sum(exps, axis=-1, keepdims=True)
 
 
-def _mean(exps: Array, total: Array, v: Array) -> Array:
-    return (_product(exps, v) / jnp.swapaxes(total, 1, 2)).astype(v.dtype)
-
-
 @jax.custom_jvp
-def plain(
-    q: Float[Array, "B T N K"],
-    k: Float[Array, "B S N K"],
-    v: Float[Array, "B S N K"],
-    bias: Float[Array, "B 1 T S"] | None = None,
-    length: Int[Array, " B"] | None = None,
-) -> Float[Array, "B T N K"]:
+def _attended(
+    q: Float[Array, "B n T K"],
+    k: Float[Array, "B n S K"],
+    v: Float[Array, "B n S K"],
+    bias: Float[Array, "B 1 T S"] | None,
+    length: Int[Array, " B"] | None,
+) -> Float[Array, "B n T K"]:
     """All scores at once, in float32.
 
     Exponentials are multiplied with the values before they are divided by their sum:
     there are fewer of the products than of the scores. The gradient reads the quotients
     themselves, so that what makes scores again need not make the products again.
     """
-    return _mean(*_softmax(q, k, bias, length), v)
+    exps, total = _softmax(q, k, bias, length)
+    return (_product(exps, v) / total).astype(v.dtype)
 
 
-def _plain_jvp(
+def _attended_jvp(
     primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
     """dp = p (ds - sum of p ds), of p = softmax(s); no products of what stays."""
@@ -80,7 +74,7 @@ def _plain_jvp(
     dq, dk, dv, dbias, _ = tangents
     moves = lambda x: x is not None and not isinstance(x, SymbolicZero)
     exps, total = _softmax(q, k, bias, length)
-    p, out = exps / total, _mean(exps, total, v)
+    p, out = exps / total, (_product(exps, v) / total).astype(v.dtype)
     ds, tangent = [], jnp.zeros(out.shape)
     if moves(dq):
         ds.append(_scores(dq, k))
@@ -96,7 +90,7 @@ def _plain_jvp(
     return out, tangent.astype(v.dtype)
 
 
-plain.defjvp(_plain_jvp, symbolic_zeros=True)
+_attended.defjvp(_attended_jvp, symbolic_zeros=True)
 
 
 def _heads_at_once(heads: int, most: int) -> int:
@@ -107,25 +101,68 @@ def _heads_at_once(heads: int, most: int) -> int:
 def _by_queries(
     call: Callable[..., Array],
     count: int,
-    q: Float[Array, "B T n K"],
-    k: Float[Array, "B S n K"],
-    v: Float[Array, "B S n K"],
+    q: Float[Array, "B n T K"],
+    k: Float[Array, "B n S K"],
+    v: Float[Array, "B n S K"],
     bias: Float[Array, "B 1 T S"] | None,
-) -> Float[Array, "B T n K"]:
+) -> Float[Array, "B n T K"]:
     """At most `count` queries at a time, in equal chunks (the last is filled up)."""
-    batch, rows = q.shape[:2]
+    rows = q.shape[2]
     if count >= rows:
         return call(q, k, v, bias)
     count = -(-rows // -(-rows // count))
-    pad = -rows % count
-    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    q = jnp.moveaxis(q.reshape(batch, -1, count, *q.shape[2:]), 1, 0)
-    if bias is not None:
-        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, pad), (0, 0)))
-        bias = bias.reshape(*bias.shape[:2], -1, count, bias.shape[-1])
-        bias = jnp.moveaxis(bias, 2, 0)
-    out = jax.lax.map(lambda part: call(part[0], k, v, part[1]), (q, bias))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])[:, :rows]
+
+    def some(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -rows % count), (0, 0)))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, count, x.shape[-1]), 2, 0)
+
+    parts = some(q), None if bias is None else some(bias)
+    out = jax.lax.map(lambda part: call(part[0], k, v, part[1]), parts)
+    out = jnp.moveaxis(out, 0, 2)
+    return out.reshape(*q.shape[:2], -1, q.shape[-1])[:, :, :rows]
+
+
+def _in_chunks(
+    budget: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None,
+    length: Array | None,
+) -> Array:
+    """As `_attended`, with at most `budget` bytes of scores at a time."""
+    batch, heads, rows, _ = q.shape
+    row = 4 * batch * k.shape[2]
+    if heads * rows * row <= budget:
+        return _attended(q, k, v, bias, length)
+    n = _heads_at_once(heads, budget // (rows * row))
+    call = jax.checkpoint(lambda *args: _attended(*args, length))
+    count = max(LEAST, budget // (n * row))
+
+    def some(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(batch, -1, n, *x.shape[2:]), 1, 0)
+
+    def step(part: tuple[Array, Array, Array]) -> Array:
+        return _by_queries(call, count, *part, bias)
+
+    out = jax.lax.map(step, (some(q), some(k), some(v)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def _heads_first(call: Callable[..., Array], *qkv: Array) -> Array:
+    """Products by samples and heads take matrices that lie together."""
+    return jnp.swapaxes(call(*(jnp.swapaxes(x, 1, 2) for x in qkv)), 1, 2)
+
+
+def plain(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N K"],
+    bias: Float[Array, "B 1 T S"] | None = None,
+    length: Int[Array, " B"] | None = None,
+) -> Float[Array, "B T N K"]:
+    """softmax(q k^T / sqrt(K) + bias) v, all scores at once."""
+    return _heads_first(lambda *qkv: _attended(*qkv, bias, length), q, k, v)
 
 
 def chunked(
@@ -149,19 +186,5 @@ def chunked(
     """
     if budget is None:
         budget = CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES
-    batch, rows, heads, _ = q.shape
-    row = 4 * batch * k.shape[1]
-    if heads * rows * row <= budget:
-        return plain(q, k, v, bias, length)
-    n = _heads_at_once(heads, budget // (rows * row))
-    call = jax.checkpoint(functools.partial(plain, length=length))
-    count = max(LEAST, budget // (n * row))
-
-    def some(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, n, x.shape[-1]), 2, 0)
-
-    def step(part: tuple[Array, Array, Array]) -> Array:
-        return _by_queries(call, count, *part, bias)
-
-    out = jax.lax.map(step, (some(q), some(k), some(v)))
-    return jnp.moveaxis(out, 0, 2).reshape(q.shape)
+    call = functools.partial(_in_chunks, budget, bias=bias, length=length)
+    return _heads_first(call, q, k, v)

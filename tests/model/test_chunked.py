@@ -40,6 +40,59 @@ def test_chunks_give_what_all_scores_at_once_give(budget: str, option: str):
     np.testing.assert_allclose(got, plain(*qkv(), **given), atol=2e-6)
 
 
+def library(q: Any, k: Any, v: Any, bias: Any = None, length: Any = None) -> Any:
+    """What jax has for it."""
+    return jax.nn.dot_product_attention(
+        q, k, v, bias=bias, key_value_seq_lengths=length, implementation="xla"
+    )
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_values_and_gradients_are_those_of_the_library(option: str):
+    weight = jax.random.normal(jax.random.key(9), (B, T, N, K))
+    bias = OPTIONS[option].get("bias")
+
+    def of(f: Any) -> Any:
+        def loss(args: Any, bias: Any) -> Any:
+            out = f(*args, bias, OPTIONS[option].get("length"))
+            return jnp.sum(out * weight), out
+
+        moves = (0,) if bias is None else (0, 1)
+        return jax.jit(jax.grad(loss, moves, has_aux=True))(qkv(), bias)
+
+    got, want = (jax.tree.leaves(of(f)) for f in (plain, library))
+    assert len(got) == len(want) == (5 if option == "bias" else 4)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_half_precision_is_as_near_as_the_library():
+    narrow = [x.astype(jnp.bfloat16) for x in qkv()]
+    exact = library(*(x.astype(jnp.float32) for x in narrow))
+    error = lambda f: float(jnp.abs(f(*narrow).astype(jnp.float32) - exact).max())
+    assert plain(*narrow).dtype == jnp.bfloat16
+    assert error(plain) <= 1.1 * error(library)
+
+
+def test_forward_mode_is_the_derivative():
+    args, moved = qkv(), qkv(1)
+    got, want = (jax.jvp(f, args, moved)[1] for f in (plain, library))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_no_products_are_made_of_what_stays():
+    q, k, v = qkv()
+    one = flops.count(jax.make_jaxpr(plain)(q, k, v)) // 2
+
+    def products(number: int) -> int:
+        loss = lambda *args: jnp.sum(plain(*args) ** 2)
+        traced = jax.make_jaxpr(jax.grad(loss, number))(q, k, v)
+        return round(flops.count(traced) / one)
+
+    # Two forwards; then one for the weights and one for the queries, or the values'.
+    assert [products(n) for n in range(3)] == [4, 4, 3]
+
+
 @pytest.mark.parametrize("option", ["bias", "length"])
 def test_gradients_through_chunks_are_those_of_all_scores_at_once(option: str):
     weight = jax.random.normal(jax.random.key(9), (B, T, N, K))
