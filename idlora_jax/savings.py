@@ -31,6 +31,7 @@ Saving = Literal[
 does not read.
 `two_timesteps`: AdaLN runs on the timesteps 0 and sigma, not on that of every token.
 `rope_tables`: rope tables are made once for all steps.
-`chunked_attention`: where no fused kernel serves, large attention runs a few heads and
-queries at a time, rather than by all of its scores.
+`chunked_attention`: where no fused kernel serves, attention makes large scores a few
+heads and queries at a time, and divides after the product (`model.chunked`), rather
+than jax's own attention all at once.
 """

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from idlora_jax.config import BlindGradient
-from idlora_jax.model.chunked import chunked, plain
+from idlora_jax.model.chunked import chunked
 from idlora_jax.model.layers import Dense, RMSNorm
 from idlora_jax.model.rope import Kind, Rope, rotate
 
@@ -81,16 +81,21 @@ def attend(
         bias: added to the scores, equal for all heads.
         length: valid keys per sample; keys from there on are not seen.
         backend: `auto` takes cuDNN where it is eligible, else XLA.
-        chunks: whether XLA makes large scores a part at a time (`chunked`).
+        chunks: whether `chunked` takes the place of jax's own attention on XLA.
     """
     bias4 = None if bias is None else bias[:, None].astype(q.dtype)
-    if choose(backend, q, bias) == "xla":
-        return (chunked if chunks else plain)(q, k, v, bias4, length)
-    call = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    if length is None:
-        return call(q, k, v)
-    rows = jnp.full_like(length, q.shape[1])
-    return call(q, k, v, query_seq_lengths=rows, key_value_seq_lengths=length)
+    kernel = choose(backend, q, bias)
+    if kernel == "xla" and chunks:
+        return chunked(q, k, v, bias4, length)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        bias=bias4,
+        query_seq_lengths=None if length is None else jnp.full_like(length, q.shape[1]),
+        key_value_seq_lengths=length,
+        implementation=kernel,
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))

@@ -8,7 +8,6 @@ makes the scores of a chunk again, as fused kernels do. What is small is one chu
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -149,22 +148,6 @@ def _in_chunks(
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
-def _heads_first(call: Callable[..., Array], *qkv: Array) -> Array:
-    """Products by samples and heads take matrices that lie together."""
-    return jnp.swapaxes(call(*(jnp.swapaxes(x, 1, 2) for x in qkv)), 1, 2)
-
-
-def plain(
-    q: Float[Array, "B T N K"],
-    k: Float[Array, "B S N K"],
-    v: Float[Array, "B S N K"],
-    bias: Float[Array, "B 1 T S"] | None = None,
-    length: Int[Array, " B"] | None = None,
-) -> Float[Array, "B T N K"]:
-    """softmax(q k^T / sqrt(K) + bias) v, all scores at once."""
-    return _heads_first(lambda *qkv: _attended(*qkv, bias, length), q, k, v)
-
-
 def chunked(
     q: Float[Array, "B T N K"],
     k: Float[Array, "B S N K"],
@@ -174,7 +157,7 @@ def chunked(
     *,
     budget: int | None = None,
 ) -> Float[Array, "B T N K"]:
-    """As `plain`, with at most `budget` bytes of scores (or `LEAST` queries) at a time.
+    """softmax(q k^T / sqrt(K) + bias) v, softmax in float32, a part at a time.
 
     Args:
         q: queries.
@@ -182,9 +165,11 @@ def chunked(
         v: values.
         bias: added to the scores, equal for all heads.
         length: valid keys per sample.
-        budget: bytes (default: those of the platform).
+        budget: bytes of scores at a time, or `LEAST` queries (default: those of the
+            platform).
     """
     if budget is None:
         budget = CPU_BYTES if jax.default_backend() == "cpu" else OTHER_BYTES
-    call = functools.partial(_in_chunks, budget, bias=bias, length=length)
-    return _heads_first(call, q, k, v)
+    # Products by samples and heads take matrices that lie together.
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    return jnp.swapaxes(_in_chunks(budget, q, k, v, bias, length), 1, 2)
