@@ -20,23 +20,29 @@ CPU_BYTES, OTHER_BYTES = 2 * 2**20, 256 * 2**20
 """Float32 scores of one chunk."""
 HIDDEN = -1e30
 """The score of a key that is not seen, where there are others."""
-_WIDE: Any = {"preferred_element_type": jnp.float32}
 LEAST = 128
 """Queries of a chunk at least: products of fewer rows are slow."""
 
 
+def _wide(x: Array) -> Any:
+    """Of sums: float32, or float64 where that is asked for."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _scores(q: Array, k: Array) -> Array:
-    return jnp.einsum("bntk,bnsk->bnts", q, k, **_WIDE) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("bntk,bnsk->bnts", q, k, preferred_element_type=_wide(q))
+    return scores * q.shape[-1] ** -0.5
 
 
 def _product(weights: Array, v: Array) -> Array:
-    return jnp.einsum("bnts,bnsk->bntk", weights.astype(v.dtype), v, **_WIDE)
+    weights = weights.astype(v.dtype)
+    return jnp.einsum("bnts,bnsk->bntk", weights, v, preferred_element_type=_wide(v))
 
 
 def _softmax(
     q: Array, k: Array, bias: Array | None, length: Array | None
 ) -> tuple[Array, Array]:
-    """Exponentials of the scores [B N T S] and their sums [B N T 1], in float32."""
+    """Exponentials of the scores [B N T S] and their sums [B N T 1]."""
     scores = _scores(q, k)
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
@@ -74,7 +80,7 @@ def _attended_jvp(
     moves = lambda x: x is not None and not isinstance(x, SymbolicZero)
     exps, total = _softmax(q, k, bias, length)
     p, out = exps / total, (_product(exps, v) / total).astype(v.dtype)
-    ds, tangent = [], jnp.zeros(out.shape)
+    ds, tangent = [], jnp.zeros(out.shape, p.dtype)
     if moves(dq):
         ds.append(_scores(dq, k))
     if moves(dk):

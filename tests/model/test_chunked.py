@@ -77,6 +77,21 @@ def test_half_precision_is_as_near_as_the_library():
     assert error(plain) <= 1.1 * error(library)
 
 
+def test_double_precision_is_kept():
+    q, k, v = (np.asarray(x, np.float64) for x in qkv())
+    exps = np.exp(np.einsum("btnk,bsnk->bnts", q, k) / K**0.5)
+    total = exps.sum(axis=-1, keepdims=True)
+    want = np.einsum("bnts,bsnk->btnk", exps / total, v)
+    with jax.enable_x64(True):
+        got = plain(*map(jnp.asarray, (q, k, v)))
+        slopes = jax.grad(lambda v: jnp.sum(plain(jnp.asarray(q), jnp.asarray(k), v)))
+        slope = slopes(jnp.asarray(v))
+    assert got.dtype == slope.dtype == jnp.float64
+    np.testing.assert_allclose(got, want, atol=1e-13)
+    column = (exps / total).sum(axis=2)  # what every value gives, to all queries
+    np.testing.assert_allclose(slope[..., 0], np.moveaxis(column, 1, 2), atol=1e-12)
+
+
 def test_forward_mode_is_the_derivative():
     args, moved = qkv(), qkv(1)
     got, want = (jax.jvp(f, args, moved)[1] for f in (plain, library))
